@@ -1,0 +1,1410 @@
+#!/usr/bin/env python3
+"""Deep Image Prior x DDPM: one file, from the equations to restored photos.
+
+A Deep Image Prior (DIP) is an untrained CNN fitted to one image; a DDPM is a denoiser trained on
+many. Here each helps the other, and one number joins them: the held-out risk R, an estimate of
+the mean squared error of the DIP's output that never sees the clean image.
+
+    python dipddpm.py fit-dip                  # restore one photo: staged noise, stops by itself
+    python dipddpm.py train --prior dip        # train a DDPM only where a DIP will start it
+    python dipddpm.py sample --init dip        # brief DIP -> noise it -> 20 reverse steps
+    python dipddpm.py evaluate stopping        # the tables of README.md and report.md
+
+Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
+    x, xhat, y       clean image, estimate, observation  y = A x + sigma n
+    A, A^+           task operator (mask and/or s x s mean) and its pseudo-inverse
+    beta, abar       noise schedule, abar_t = prod (1 - beta_s), abar_0 = 1
+    xt               x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    sigma_t          sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
+    s                a rung of the ladder: the level of the noise s w in the network's input
+    z1, z2           the conjugate pair  y + s w,  y - (sigma^2 / s) w
+    R, r_t^2         variance of the DIP's error (held-out risk), of the DDPM's x0-prediction
+"""
+import argparse
+import csv
+import functools
+import glob
+import io
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DIP_ITERS, BRIEF_ITERS, ADAPT_ITERS = 2000, 300, 200    # fit-dip; before a DDPM; from a DDPM
+TRAIN_STEPS, TRAIN_TIME = 2000, "about 4 minutes"       # of the default prior, on two CPU cores
+OBSERVE, FIT, SAMPLE, TRAIN = range(4)                  # what a random stream is for
+
+
+def stream(seed: int, purpose: int) -> torch.Generator:
+    """One generator for each purpose: the fit must never redraw the observation's own noise."""
+    return torch.Generator().manual_seed(4 * seed + purpose)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. The diffusion process (Ho et al. 2020, sections 2 and 3)
+
+
+class NoiseSchedule:
+    """The variance schedule of a DDPM; t runs over 0..T and t = 0 is the clean image.
+
+    Args: T, number of steps (>= 1); kind, 'linear' (Ho et al. 2020: beta 1e-4..0.02, rescaled
+    by 1000/T) or 'cosine' (Nichol & Dhariwal 2021, eq. 17).
+    Attributes: betas, abar, sigma: float64 tensors of length T+1; beta_0 = 0, abar_0 = 1.
+    Raises ValueError for another kind.
+    """
+
+    def __init__(self, T: int = 1000, kind: str = "linear"):
+        self.T, self.kind = T, kind
+        if kind == "linear":
+            betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+        elif kind == "cosine":
+            u = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
+            f = torch.cos(u * math.pi / 2) ** 2
+            betas = 1 - f[1:] / f[:-1]
+        else:
+            raise ValueError(f"schedule must be 'linear' or 'cosine', not {kind!r}")
+        self.betas = F.pad(betas.clamp(max=0.999), (1, 0))
+        self.abar = torch.cumprod(1 - self.betas, 0)
+        self.sigma = ((1 - self.abar) / self.abar).sqrt()
+
+    def first_t(self, sigma: float) -> int:
+        """Smallest t in 1..T with sigma_t >= sigma (T if there is none)."""
+        return min(max(int(torch.searchsorted(self.sigma, sigma)), 1), self.T)
+
+
+def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """values[t] (t int64, N) as N x 1 x 1 x 1, float32, on the device of `like`."""
+    return values[t.cpu()].to(like.device, torch.float32).view(-1, 1, 1, 1)
+
+
+def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t ~ q(x_t | x0) (Ho et al. eq. 4): x0, eps N x C x H x W; t int64 of length N."""
+    abar = at(schedule.abar, t, x0)
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+
+
+def predict_x0(schedule: NoiseSchedule, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The x0 that x_t and eps imply (Ho et al. eq. 15); inverts q_sample."""
+    abar = at(schedule.abar, t, xt)
+    return (xt - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+
+def q_posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> tuple:
+    """Mean (N x C x H x W), variance (N x 1 x 1 x 1) of q(x_{t-1} | x_t, x0), Ho eq. 6, 7."""
+    beta, abar, prev = (at(v, s, xt) for v, s in (
+        (schedule.betas, t), (schedule.abar, t), (schedule.abar, t - 1)))
+    mean = (prev.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - prev) * xt) / (1 - abar)
+    return mean, beta * (1 - prev) / (1 - abar)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The two networks
+
+
+def pad_to(x: Tensor, multiple: int) -> Tensor:
+    """Pad right and bottom to a multiple, at least two of them: reflect, or repeat if tiny."""
+    h, w = x.shape[-2:]
+    ph, pw = (max(-n % multiple, 2 * multiple - n) for n in (h, w))
+    if ph == pw == 0:
+        return x
+    return F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < h and pw < w else "replicate")
+
+
+def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution, BatchNorm, LeakyReLU: the brick of the DIP's hourglass."""
+    conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.LeakyReLU(0.2, inplace=True))
+
+
+class SkipNet(nn.Module):
+    """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 121k parameters.
+
+    forward(x, sigma=None): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma,
+    the noise level of x, is not used: it is there for X0Denoiser, which may take its place.
+    """
+
+    def __init__(self, cin: int = 3, cout: int = 3, width: int = 32, depth: int = 4,
+                 skip: int = 16):
+        super().__init__()
+        self.skip, self.down, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for c in [cin] + [width] * (depth - 1):
+            self.skip.append(conv_block(c, skip, 1))
+            self.down.append(nn.Sequential(conv_block(c, width, 3, 2), conv_block(width, width, 3)))
+            self.up.append(nn.Sequential(conv_block(width + skip, width, 3),
+                                         conv_block(width, width, 1)))
+        self.out = nn.Conv2d(width, cout, 1)
+
+    def forward(self, x: Tensor, sigma: float | None = None) -> Tensor:
+        h, w = x.shape[-2:]
+        x, skips = pad_to(x, 2 ** len(self.down)), []
+        for skip, down in zip(self.skip, self.down):
+            skips.append(skip(x))
+            x = down(x)                                                      # H, W halved
+        for up in self.up[::-1]:
+            x = up(torch.cat([skips.pop(), F.interpolate(x, scale_factor=2.0)], 1))
+        return torch.tanh(self.out(x))[..., :h, :w]
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of t (N) to N x dim, dim even (Vaswani et al. 2017, section 3.5)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    args = t.float()[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], 1)
+
+
+def conv3(cin: int, cout: int, zero: bool = False) -> nn.Conv2d:
+    """A 3 x 3 convolution; with zero weights a fresh residual branch starts as the identity."""
+    conv = nn.Conv2d(cin, cout, 3, padding=1)
+    if zero:
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ResBlock(nn.Module):
+    """Residual block, told about t by a scale and a shift after its second GroupNorm."""
+
+    def __init__(self, cin: int, cout: int, emb: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, cin), conv3(cin, cout)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), conv3(cout, cout, zero=True)
+        self.emb = nn.Linear(emb, 2 * cout)
+        self.short = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.short(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, for data sets of whole small images."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1), conv3(
+            c, c, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, 2)   # N x HW x C
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(h.transpose(1, 2).reshape(x.shape))
+
+
+class UNet(nn.Module):
+    """Time-conditioned residual U-Net eps_theta(x_t, t) (Ho et al. 2020, appendix B).
+
+    forward(x, t): x N x channels x H x W of any size, t int64 (N), to N x channels x H x W.
+    Fully convolutional unless attention is set: trained on patches, it runs on any photo.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3),
+                 blocks: int = 1, attention: bool = False, fold: int = 2):
+        super().__init__()
+        self.channels, self.fold = channels, fold
+        widths, emb, self.width = [m * width for m in mults], 4 * width, width
+        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.stem, c = conv3(channels * fold ** 2, width), width
+        self.enc, self.dec = nn.ModuleList(), nn.ModuleList()
+        for w in widths:
+            self.enc.append(nn.ModuleList(
+                [ResBlock(w if i else c, w, emb) for i in range(blocks)]))
+            c = w
+        self.mid, self.attend = ResBlock(c, c, emb), Attention(c) if attention else nn.Identity()
+        for w in widths[::-1]:
+            self.dec.append(nn.ModuleList(
+                [ResBlock(w if i else c + w, w, emb) for i in range(blocks)]))
+            c = w
+        self.norm, self.out = nn.GroupNorm(8, c), conv3(c, channels * fold ** 2, zero=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        emb = self.time(timestep_embedding(t, self.width))
+        x = F.pixel_unshuffle(pad_to(x, self.fold * 2 ** (len(self.enc) - 1)), self.fold)
+        x, skips = self.stem(x), []
+        for level in self.enc:
+            x = F.avg_pool2d(x, 2) if skips else x                           # H, W halved
+            for block in level:
+                x = block(x, emb)
+            skips.append(x)
+        x = self.attend(self.mid(x, emb))
+        for level in self.dec:
+            x = torch.cat([x, skips.pop()], 1)
+            for block in level:
+                x = block(x, emb)
+            x = F.interpolate(x, scale_factor=2.0) if skips else x           # H, W doubled
+        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.fold)[..., :h, :w]
+
+
+@dataclass
+class Prior:
+    """A trained DDPM: its network, its schedule, the largest t it knows, and r_t^2 (T+1)."""
+
+    model: nn.Module
+    schedule: NoiseSchedule
+    t_max: int
+    r2: Tensor
+
+
+class X0Denoiser(nn.Module):
+    """A DDPM as a plain denoiser: z = x + noise of level sigma -> x0 (`adapt` fine-tunes it)."""
+
+    def __init__(self, prior: Prior):
+        super().__init__()
+        self.model, self.schedule, self.t_max = prior.model, prior.schedule, prior.t_max
+
+    def forward(self, z: Tensor, sigma: float) -> Tensor:
+        t = torch.full((len(z),), min(self.schedule.first_t(sigma), self.t_max), device=z.device)
+        xt = at(self.schedule.abar, t, z).sqrt() * z
+        return predict_x0(self.schedule, xt, t, self.model(xt, t))
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Training the DDPM (Ho et al. Algorithm 1)
+
+BINS = 32                       # the running eps-loss is kept in this many bins of t
+
+
+def loss_bin(t: Tensor, t_max: int) -> Tensor:
+    """The bin of t (1..t_max) in the running eps-loss."""
+    return (t - 1).clamp(0, t_max - 1) * BINS // t_max
+
+
+def error_variance(schedule: NoiseSchedule, eps_loss: Tensor, t_max: int) -> Tensor:
+    """r_t^2 = sigma_t^2 L_t, the DDPM's mean squared error of x0 at each t (length T+1).
+
+    Since x0_pred - x0 = -sigma_t (eps_pred - eps); eps_loss is the running loss L by bin.
+    """
+    return schedule.sigma ** 2 * eps_loss.double()[loss_bin(torch.arange(schedule.T + 1), t_max)]
+
+
+def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -> Tensor:
+    """Random flipped crops of uint8 C x H x W images: batch x C x patch x patch in [-1, 1]."""
+    out = []
+    for i in torch.randint(len(images), (batch,), generator=gen).tolist():
+        u, (h, w) = torch.rand(3, generator=gen), images[i].shape[1:]
+        top, left = int(u[0] * (h - patch + 1)), int(u[1] * (w - patch + 1))
+        crop = images[i][:, top:top + patch, left:left + patch]
+        out.append(crop.flip(2) if u[2] < 0.5 else crop)
+    return torch.stack(out).float() / 127.5 - 1
+
+
+def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSchedule,
+               images: list, steps: int) -> Iterator[float]:
+    """Algorithm 1 with t ~ U{1..t_max}; yields the loss of each step.
+
+    state (see new_state) is updated in place; with the two networks' weights it is all that a
+    resumed run needs. Neither learning rate nor EMA depends on `steps`: any run may be prolonged.
+    """
+    c, device = state["config"], next(model.parameters()).device
+    opt = torch.optim.Adam(model.parameters(), lr=c["lr"], betas=(0.9, 0.99))
+    gen = stream(c["seed"], TRAIN)
+    if state["step"]:
+        opt.load_state_dict(state["optimiser"])
+        gen.set_state(state["rng"])
+    for step in range(state["step"] + 1, steps + 1):
+        x0 = random_patches(images, c["batch"], c["patch"], gen).to(device)
+        t = torch.randint(1, c["t_max"] + 1, (c["batch"],), generator=gen)
+        eps = torch.randn(x0.shape, generator=gen).to(device)
+        error = (model(q_sample(schedule, x0, t, eps), t.to(device)) - eps) ** 2   # Ho eq. 14
+        opt.zero_grad()
+        error.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.param_groups[0]["lr"] = c["lr"] * min(1, step / 200)
+        opt.step()
+        with torch.no_grad():               # averages the last tenth or so: Karras et al. 2024
+            for p, q in zip(ema.parameters(), model.parameters()):
+                p.lerp_(q, 1 - (1 - 1 / step) ** 8)
+        for b, loss in zip(loss_bin(t, c["t_max"]), error.detach().mean((1, 2, 3)).cpu()):
+            state["count"][b] += 1
+            state["eps_loss"][b] += (loss - state["eps_loss"][b]) / state["count"][b].clamp(max=500)
+        state.update(step=step, optimiser=opt.state_dict(), rng=gen.get_state())
+        yield error.mean().item()
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Sampling: the reverse process from any (x_t, t)
+
+
+def noise(shape: torch.Size, gens: list) -> Tensor:
+    """N(0, I) of a batch; image i uses gens[i] alone, so it does not depend on the batch size."""
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in gens])
+
+
+@torch.no_grad()
+def predicted_x0(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, refine) -> Tensor:
+    """The x0 that the model sees in x_t, corrected by refine(x0, t) where given."""
+    ts = torch.full((len(xt),), t, device=xt.device)
+    x0 = predict_x0(schedule, xt, ts, model(xt, ts))
+    return refine(x0, t) if refine else x0
+
+
+def p_sample_loop(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, gens: list,
+                  refine=None) -> Tensor:
+    """Ancestral sampling from x_t to x_0 (Ho et al. Algorithm 2), t network calls.
+
+    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one generator an image;
+    refine(x0, t) -> x0 corrects each prediction (section 7).
+    """
+    for s in range(t, 0, -1):
+        x0 = predicted_x0(model, schedule, xt, s, refine)
+        xt, var = q_posterior(schedule, x0, xt, torch.full((len(xt),), s))
+        if s > 1:                                                  # no noise at the last step
+            xt = xt + var.sqrt() * noise(xt.shape, gens).to(xt)
+    return xt
+
+
+def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int,
+                gens: list, eta: float = 0.0, refine=None) -> Tensor:
+    """Reverse diffusion from x_t in at most `steps` network calls (Song et al. 2021, eq. 12).
+
+    eta 0 is deterministic (DDIM), eta 1 with steps = t is p_sample_loop. The last step adds no
+    noise: it returns the refined x0. Other arguments as in p_sample_loop.
+    """
+    path = torch.linspace(t, 0, min(steps, t) + 1).round().long().tolist()   # t > ... > 0
+    for s, r in zip(path[:-1], path[1:]):
+        abar, prev = schedule.abar[s].item(), schedule.abar[r].item()
+        x0 = predicted_x0(model, schedule, xt, s, refine)
+        eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+        std = eta * math.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))   # Song eq. 16
+        xt = math.sqrt(prev) * x0 + math.sqrt(max(1 - prev - std ** 2, 0)) * eps
+        if std > 0:
+            xt = xt + std * noise(xt.shape, gens).to(xt)
+    return xt
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Tasks: y = A x + sigma n with A = mask o (s x s mean)
+
+
+@dataclass
+class Task:
+    """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None.
+
+    denoise: scale 1, no mask, sigma > 0. inpaint: scale 1, a mask. superres: scale s > 1.
+    """
+
+    name: str
+    sigma: float = 0.0
+    scale: int = 1
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x: N x C x H x W to N x C x H/s x W/s."""
+        x = F.avg_pool2d(x, self.scale) if self.scale > 1 else x
+        return x if self.mask is None else x * self.mask
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A^+ y, the least-norm x with A x = y: the known pixels, each repeated s x s times."""
+        y = y if self.mask is None else y * self.mask
+        return F.interpolate(y, scale_factor=float(self.scale)) if self.scale > 1 else y
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A' y, with <A x, y> = <x, A' y>."""
+        return self.pinv(y) / self.scale ** 2
+
+    def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
+        """x - gain A^+ (A x - y): data consistency (DDNM, Wang et al. 2023, eq. 13)."""
+        return x - gain * self.pinv(self.forward(x) - y)
+
+    def interpolate(self, y: Tensor) -> Tensor:
+        """A plain first guess of x: holes filled coarse to fine, then bicubic enlargement."""
+        y = y if self.mask is None else fill_holes(y, self.mask)
+        size = [n * self.scale for n in y.shape[-2:]]
+        return F.interpolate(y, size, mode="bicubic") if self.scale > 1 else y
+
+
+def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
+    """Unknown pixels (mask 0) from the mean of the known ones around them, coarse to fine."""
+    if mask.all() or max(y.shape[-2:]) == 1:
+        return y
+    weight = F.avg_pool2d(mask, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(y * mask, 2, ceil_mode=True) / weight.clamp(min=1e-6)
+    coarse = fill_holes(coarse, (weight > 0).float())
+    return torch.where(mask > 0, y, F.interpolate(coarse, y.shape[-2:], mode="bilinear"))
+
+
+def estimate_sigma(y: Tensor) -> float:
+    """Noise level of y (N x C x H x W, in units of y): median |finest diagonal Haar band| / 0.6745.
+
+    Donoho & Johnstone 1994. 0 for an image of under 2 x 2 pixels.
+    """
+    y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
+    if y.numel() == 0:
+        return 0.0
+    band = y[..., ::2, ::2] - y[..., ::2, 1::2] - y[..., 1::2, ::2] + y[..., 1::2, 1::2]
+    return (band / 2).abs().median().item() / 0.6745
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The DIP: one loop, two switches (input, target); the ladder of noise; when to stop
+
+METHODS = {                 # input of the network, target of the loss
+    "staged": ("observed", "conjugate"),   # ours: the pair z1, z2, noise falling from rung to rung
+    "dip": ("fixed", "plain"),             # Ulyanov et al. 2018
+    "targets": ("fixed", "noisy"),         # the literal ladder: y plus less and less noise
+    "selfdiff": ("estimate", "plain"),     # Self-Diffusion, Luo & Huang 2025
+    "adapt": ("observed", "conjugate"),    # as staged, from a trained DDPM's weights
+}
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of values (1 x C x h x w) over the pixels where mask (1 x 1 x h x w, or None) is 1."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / (mask.sum() * values.shape[1]).clamp(min=1)
+
+
+class HeldOut:
+    """Split an observation once, before the fit: (task, y) to see, (val_task, val_y) to score.
+
+    With noise: y + a sigma w and y - sigma/a w, independent given x (Pang et al. 2021; Oliveira
+    et al. 2021). Without: `share` of the known pixels is set aside.
+    """
+
+    def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25,
+                 share: float = 0.05):
+        w = torch.randn(y.shape, generator=gen).to(y)
+        self.y, self.val_y = y + a * task.sigma * w, y - task.sigma / a * w
+        self.bias = task.sigma ** 2 * (1 + (w ** 2).mean().item() / a ** 2)
+        self.task = replace(task, sigma=task.sigma * math.sqrt(1 + a * a))
+        self.val_task = task
+        if task.sigma == 0:
+            known = torch.ones_like(y[:, :1]) if task.mask is None else task.mask
+            out = known * (torch.rand(known.shape, generator=gen).to(y) < share)
+            self.task, self.val_task = replace(task, mask=known - out), replace(task, mask=out)
+            self.y, self.val_y = y * self.task.mask, y * out
+
+    def risk(self, xhat: Tensor) -> float:
+        """R: unbiased for the mean of (xhat - x)^2, for any xhat made without val_y."""
+        error = (self.val_task.forward(xhat) - self.val_y) ** 2
+        return masked_mean(error, self.val_task.mask).item() - self.bias
+
+
+class StopRule:
+    """Every stop rule is a score to be minimised, with patience; none reads a clean image.
+
+    holdout: the held-out risk. wmv, emv: the moving variance of the outputs, in a window or
+    exponential (Wang et al. 2023, Algorithms 1, 2). fixed: minus the iteration: newest is best.
+    update() returns True when `output` is the best so far; `done`: patience has run out.
+    """
+
+    def __init__(self, kind: str, patience: int = 1000, window: int = 100, alpha: float = 0.1):
+        self.kind, self.patience, self.window, self.alpha = kind, patience, window, alpha
+        self.score, self.best, self.best_k, self.done = math.inf, math.inf, 0, False
+        self.outputs, self.mean, self.square, self.var = deque(), 0.0, 0.0, 0.0
+
+    def update(self, k: int, output: Tensor, risk: float) -> bool:
+        if self.kind in ("wmv", "emv"):
+            variance = self.windowed if self.kind == "wmv" else self.exponential
+            self.score = variance(output.double())
+        else:
+            self.score = risk if self.kind == "holdout" else -float(k)
+        better = self.score < self.best
+        if better:
+            self.best, self.best_k = self.score, k
+        self.done = k - self.best_k >= self.patience
+        return better
+
+    def windowed(self, output: Tensor) -> float:
+        """Mean over pixels of the variance of the last `window` outputs; inf before that many."""
+        self.outputs.append(output)
+        self.mean, self.square = self.mean + output, self.square + output ** 2
+        if len(self.outputs) > self.window:
+            old = self.outputs.popleft()
+            self.mean, self.square = self.mean - old, self.square - old ** 2
+        n = len(self.outputs)
+        return (self.square / n - (self.mean / n) ** 2).mean().item() if n == self.window else math.inf
+
+    def exponential(self, output: Tensor) -> float:
+        """EMV <- (1 - alpha) (EMV + alpha |output - EMA|^2), EMA <- EMA + alpha (output - EMA)."""
+        if isinstance(self.mean, float):
+            self.mean = output
+            return math.inf                                  # one output has no variance yet
+        delta = output - self.mean
+        self.var = (1 - self.alpha) * (self.var + self.alpha * (delta ** 2).mean().item())
+        self.mean = self.mean + self.alpha * delta
+        return self.var
+
+
+@dataclass
+class FitStep:
+    """What fit_dip yields after an iteration; images 1 x C x H x W, detached.
+
+    k of iters iterations; s, the rung; output of this iteration; average, the exponential one of
+    the outputs; risk R of the average (nan where nothing is held out); best, the answer so far.
+    """
+
+    k: int
+    iters: int
+    s: float
+    loss: float
+    output: Tensor
+    average: Tensor
+    risk: float
+    best: Tensor
+    best_k: int
+
+
+def turned(x: Tensor, g: int, back: bool = False) -> Tensor:
+    """One of the 8 flips and quarter turns of the square (g in 0..7), or its inverse."""
+    if g & 4 and back:
+        x = x.transpose(2, 3)
+    x = x.flip([d for d in (2, 3) if g & (d - 1)])
+    return x.transpose(2, 3) if g & 4 and not back else x
+
+
+def ladder(sigma: float, steps: int, rungs: int = 30) -> list:
+    """The noise level s of every step, in [-1, 1] units: `rungs` stairs falling geometrically.
+
+    From 3 to 0.4 times the observation's noise sigma; from 0.6 to 0.06 where there is none.
+    """
+    high, low = (3 * sigma, 0.4 * sigma) if sigma > 0 else (0.6, 0.06)
+    stairs = (np.arange(steps) * rungs // max(steps, 1)) / (rungs - 1)
+    return (high * (low / high) ** stairs).tolist()
+
+
+def network_io(method: str, y: Tensor, task: Task, estimate: Tensor, fixed: Tensor, s: float,
+               gen: torch.Generator) -> tuple:
+    """One draw of (network input, its noise level, target in the domain of y): the two switches."""
+    (source, aim), w = METHODS[method], torch.randn(estimate.shape, generator=gen).to(y)
+    if source == "fixed":
+        z, level = fixed + torch.randn(fixed.shape, generator=gen).to(y) / 30, 1 / 30
+    elif source == "estimate":
+        z, level = estimate + s * w, s
+    else:                                       # z1 = y + s w; where y says nothing, the estimate
+        z, level = task.project(estimate, y) + s * w, math.hypot(s, task.sigma)
+    if aim == "conjugate" and task.sigma > 0:
+        return z, level, y - task.sigma ** 2 / s * task.forward(w)                           # z2
+    return z, level, y + s * task.forward(w) if aim == "noisy" else y
+
+
+def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, task: Task,
+            levels: list, average: Tensor, k: int, gen: torch.Generator) -> Iterator[tuple]:
+    """Down the ladder, one Adam step a level, after k steps; yields (k, s, loss, output, average).
+
+    The outputs' exponential average is the answer, and at each new rung it becomes the estimate
+    from which the next inputs are made.
+    """
+    fixed = torch.rand((1, 32, *average.shape[2:]), generator=gen).to(y) / 10
+    lr, rung, estimate = opt.param_groups[0]["lr"], None, average
+    for k, s in enumerate(levels, k + 1):
+        if s != rung:
+            rung, estimate = s, average
+        z, level, target = network_io(method, y, task, estimate, fixed, s, gen)
+        g = int(torch.randint(8, (), generator=gen)) if METHODS[method][1] == "conjugate" else 0
+        z = turned(z, g).contiguous(memory_format=torch.channels_last)
+        output = turned(net(z, level), g, back=True)
+        loss = masked_mean((task.forward(output) - target) ** 2, task.mask)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is not finite at iteration {k}")
+        opt.zero_grad()
+        loss.backward()
+        opt.param_groups[0]["lr"] = lr * min(1, k / 50)
+        opt.step()
+        output = task.project(output.detach(), y) if task.sigma == 0 else output.detach()
+        average = output if k <= 20 else average.lerp(output, 0.01)
+        yield k, s, loss.item(), output, average
+
+
+def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str = "staged",
+            stop: str = "holdout", iters: int = DIP_ITERS, lr: float = 0.01, width: int = 32,
+            depth: int = 4, patience: int = 500, tail: float = 0.25,
+            seed: int = 0) -> Iterator[FitStep]:
+    """Fit a network to the one observation y (1 x C x h x w, y = A x + sigma n); yield each step.
+
+    No parameter lets the clean image in. The last step's `best` is the answer. With 'holdout'
+    the fit sees only its part of the split, until 1 - tail of the iterations are done or the risk
+    has not fallen for `patience` of them; then it goes on from its best weights with all of y,
+    for tail / (1 - tail) as many. Raises FloatingPointError when the loss is not finite.
+    """
+    gen, channels = stream(seed, FIT), y.shape[1]
+    torch.manual_seed(seed)
+    cin, skip = (32, 4) if METHODS[method][0] == "fixed" else (channels, 16)
+    net = net or SkipNet(cin, channels, width, depth, skip)
+    net = net.to(y.device, memory_format=torch.channels_last)
+    opt = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+    held = HeldOut(y, task, gen) if stop == "holdout" else None
+    seen, seen_task = (held.y, held.task) if held else (y, task)
+    split = round((1 - tail) * iters) if held else iters
+    rule, risk, weights = StopRule(stop, patience), math.nan, None
+    best = seen_task.interpolate(seen)
+    for k, s, loss, output, average in descend(net, opt, method, seen, seen_task, ladder(
+            seen_task.sigma, iters)[:split], best, 0, gen):
+        risk = held.risk(average) if held else math.nan
+        if rule.update(k, output if stop in ("wmv", "emv") else average, risk):
+            best = average
+            weights = {n: p.clone() for n, p in net.state_dict().items()} if held else None
+        yield FitStep(k, iters, s, loss, output, average, risk, best, rule.best_k)
+        if rule.done:
+            break
+    if not held:
+        return
+    net.load_state_dict(weights)
+    levels = ladder(task.sigma, iters)[rule.best_k:]
+    levels = levels[:round(rule.best_k * tail / (1 - tail))]
+    for k, s, loss, output, best in descend(net, opt, method, y, task, levels, best, rule.best_k,
+                                            gen):
+        yield FitStep(k, rule.best_k + len(levels), s, loss, output, best, rule.best, best, k)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Joining the two
+
+
+def start_t(schedule: NoiseSchedule, risk: float, c: float = 1.0) -> int:
+    """Where reverse diffusion starts: the smallest t0 whose noise hides the DIP's error.
+
+    sigma_t0 >= c sqrt(R), so that KL(q(x_t0 | x) || q(x_t0 | xhat)) <= 1 / (2 c^2) a pixel.
+    """
+    return schedule.first_t(c * math.sqrt(max(risk, 0)))
+
+
+def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float, y: Tensor,
+              task: Task) -> Tensor:
+    """The DDPM's x0 at t, joined with the DIP by precision and with y by data consistency.
+
+    The product of N(x0, r_t^2) and N(xhat, R) has mean (x0 / r_t^2 + xhat / R) / (1/r_t^2 + 1/R).
+    Then a proximal step towards A x = y, exact where y is free of noise; a noisy y has already
+    spoken through xhat and is not counted twice.
+    """
+    x0, var = x0.clamp(-1, 1), r2[t].item()
+    if xhat is not None:
+        x0 = (x0 * risk + xhat * var) / (risk + var)
+        var = var * risk / (var + risk)
+        if task.sigma > 0:
+            return x0
+    return task.project(x0, y, var / (var + task.sigma ** 2))
+
+
+def reverse(prior: Prior, y: Tensor, task: Task, start: Tensor, t0: int, *,
+            guide: Tensor | None = None, risk: float = 0.0, steps: int = 20, eta: float = 0.0,
+            samples: int = 4, seed: int = 0) -> Tensor:
+    """Noise `start` (1 x C x H x W) to t0, then go back to t = 0: samples x C x H x W.
+
+    guide: the DIP's output, its error's variance `risk`; or None. Sample i depends on seed + i
+    alone.
+    """
+    gens = [stream(seed + i, SAMPLE) for i in range(samples)]
+    x0 = start.expand(samples, -1, -1, -1)
+    xt = q_sample(prior.schedule, x0, torch.full((samples,), t0), noise(x0.shape, gens).to(x0))
+    refine = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=max(risk, 1e-8), y=y,
+                               task=task)
+    return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, refine)
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Metrics
+
+
+def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
+    """Peak signal-to-noise ratio in dB; inf for equal images."""
+    mse = ((a.double() - b.double()) ** 2).mean().item()
+    return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf
+
+
+def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
+    """Structural similarity (Wang et al. 2004), mean over pixels, channels and images.
+
+    a, b: N x C x H x W, H and W at least 11 (ValueError). Gaussian window 11, sigma 1.5, K1
+    0.01, K2 0.03, population covariance; borders without a whole window are left out.
+    """
+    if min(a.shape[-2:]) < 11:
+        raise ValueError("ssim needs images of at least 11 x 11 pixels")
+    a, b = (v.double().flatten(0, 1)[:, None] for v in (a, b))
+    g = torch.exp(-torch.arange(-5, 6, device=a.device, dtype=a.dtype) ** 2 / (2 * 1.5 ** 2))
+    g = torch.outer(g, g)[None, None] / g.sum() ** 2
+    ma, mb, aa, bb, ab = (F.conv2d(v, g) for v in (a, b, a * a, b * b, a * b))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    num = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2)
+    den = (ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2)
+    return (num / den).mean().item()
+
+
+def quality(xhat: Tensor, x: Tensor | None) -> tuple:
+    """(psnr, ssim) of xhat against the clean x, both clipped to [-1, 1]; None where unknown."""
+    if x is None:
+        return None, None
+    xhat = xhat.clamp(-1, 1)
+    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if min(x.shape[-2:]) >= 11 else None
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. Files, figures, progress
+
+
+def fail(message: str):
+    """One line on stderr, exit code 2. Every message names the flag and the remedy."""
+    print(f"error: {message}".replace("\n", " "), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def save(path: str, data):
+    """Write a whole file or nothing: image -> PNG, list of dicts -> CSV, dict -> JSON, str, or a
+    checkpoint (.pt), into a temporary file beside it that os.replace then moves."""
+    buffer = io.BytesIO()
+    if isinstance(data, Image.Image):
+        data.save(buffer, "PNG")
+    elif path.endswith(".pt"):
+        torch.save(data, buffer)
+    elif isinstance(data, list):
+        table = [data[0].keys()] + [row.values() for row in data] if data else []
+        buffer.write("".join(",".join(map(str, line)) + "\n" for line in table).encode())
+    else:
+        buffer.write((data if isinstance(data, str) else json.dumps(data, indent=1)).encode())
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(buffer.getbuffer())
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        fail(f"--out: cannot write {path} ({e.strerror}); name a folder you may write to")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Any Pillow image to 1 x C x H x W in [-1, 1]: upright, C = 1 or 3, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):                            # 16 bits a pixel
+        pixels = np.asarray(image, np.float32) / 257
+    else:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"), np.float32)
+    return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1) / 127.5 - 1)[None]
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """1 x C x H x W in [-1, 1] to an 8-bit Pillow image: rounded, clipped."""
+    pixels = ((x[0].detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def load_image(path: str, flag: str = "--image") -> Tensor:
+    """Read a picture as 1 x C x H x W in [-1, 1], or fail naming the flag."""
+    try:
+        with Image.open(path) as image:
+            return to_tensor(image)
+    except Exception as e:                              # Pillow raises many kinds for bad files
+        fail(f"{flag}: cannot read {path} ({e}); give a whole PNG, JPEG or other picture")
+
+
+def photos(folder: str, flag: str) -> list:
+    """The picture files in a folder and below it, sorted."""
+    ends = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+    files = sorted(f for f in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+                   if f.lower().endswith(ends))
+    return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
+
+
+def figure(panels: list) -> Image.Image:
+    """Pictures in up to 6 columns: panels are (1 x C x H x W tensor, title, line below)."""
+    h, w = panels[0][0].shape[-2:]
+    zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
+    w, h, gap, bar = w * zoom, h * zoom, 8, 26
+    rows = -(-len(panels) // columns)
+    page = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + 2 * bar) + gap), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(9, min(17, w // 13)))
+    for i, (x, title, below) in enumerate(panels):
+        left, top = gap + i % columns * (w + gap), gap + i // columns * (h + 2 * bar)
+        page.paste(to_image(x).convert("RGB").resize((w, h), Image.NEAREST), (left, top + bar))
+        draw.text((left + w / 2, top + bar / 2), title, "black", font, anchor="mm")
+        draw.text((left + w / 2, top + h + bar * 1.5), below, "dimgrey", font, anchor="mm")
+    return page
+
+
+class Progress:
+    """Runs through steps, showing one line with rate and time left; silent without a terminal.
+
+    The first Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills.
+    """
+
+    def __init__(self, what: str, steps: Iterator):
+        self.what, self.steps, self.stopped = what, steps, False
+        self.start, self.shown = time.monotonic(), 0.0
+
+    def __iter__(self):
+        before = signal.signal(signal.SIGINT, self.stop)
+        try:
+            for step in self.steps:
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def stop(self, *_):
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def show(self, k: int, n: int, text: str):
+        now = time.monotonic()
+        if sys.stdout.isatty() and (now - self.shown > 0.5 or k >= n):
+            self.shown, rate = now, k / max(now - self.start, 1e-9)
+            line = f"{self.what} {k}/{n}  {rate:.1f}/s  {(n - k) / rate:.0f} s left  {text}"
+            print("\r" + line[:110].ljust(110), end="\n" if k >= n else "", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. The observation: a photo degraded here, or one that the user already has
+
+
+def observe(args: argparse.Namespace, path: str, text: str) -> tuple:
+    """(clean x or None, observation y, Task) of one photo, tensors 1 x C x h x w, args.device."""
+    name, value = parse_task(text)
+    scale = int(value) if name == "superres" and not args.observed else 1
+    image = load_image(path)
+    if args.halve:
+        image = F.avg_pool2d(image, 2)
+    h, w = (min(n, args.size or n) // scale * scale for n in image.shape[2:])
+    if min(h, w) == 0:
+        fail(f"--image: {path} is too small for {text}: it needs {scale} pixels a side")
+    top, left = (image.shape[2] - h) // 2, (image.shape[3] - w) // 2
+    image = image[..., top:top + h, left:left + w].contiguous().to(args.device)
+    if name == "denoise" and value is None:
+        value = estimate_sigma(image) * 127.5 if args.observed else 0.0
+        if value < 0.1:
+            fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
+    task = Task(text)
+    if name == "denoise":
+        task = Task(f"denoise:{value:.3g}", sigma=from_8bit(value))
+    elif name == "superres":
+        task.scale = int(value)
+    else:
+        task.mask = known_pixels(args, value, image).to(args.device)
+    if args.observed:
+        return None, image if task.mask is None else image * task.mask, task
+    y = task.forward(image)
+    n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
+    return image, y + task.sigma * n, task
+
+
+def parse_task(text: str) -> tuple:
+    """'denoise:25' to ('denoise', 25.0); no number gives None."""
+    name, _, number = text.partition(":")
+    value = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else None
+    good = {"denoise": number == "" or value is not None and 0 < value <= 255,
+            "inpaint": number == "" or value is not None and 0 < value < 1,
+            "superres": value in (2, 3, 4, 6, 8)}
+    if not good.get(name):
+        fail(f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
+             "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
+    return name, value
+
+
+def from_8bit(sigma: float) -> float:
+    """A noise level in 8-bit units (25 of 255) to the [-1, 1] scale."""
+    return 2 * sigma / 255
+
+
+def known_pixels(args: argparse.Namespace, share: float | None, image: Tensor) -> Tensor:
+    """The mask of inpaint, 1 x 1 x h x w: from --mask, or random with `share` missing."""
+    if args.mask:
+        mask = (load_image(args.mask, "--mask").mean(1, keepdim=True) > 0).float()
+        if mask.shape[2:] != image.shape[2:]:
+            fail(f"--mask: {args.mask} has {mask.shape[3]}x{mask.shape[2]} pixels and the image "
+                 f"{image.shape[3]}x{image.shape[2]}; make them of one size (white = known)")
+    elif share is None or args.observed:
+        fail("--mask: inpaint needs a picture of the known pixels (white), or a share to take away "
+             "from a clean photo (--task inpaint:0.8)")
+    else:
+        u = torch.rand((1, 1, *image.shape[2:]), generator=stream(args.seed, OBSERVE))
+        mask = (u >= share).float()
+    return mask if mask.any() else fail("--task, --mask: no pixel is known; leave some")
+
+
+# ---------------------------------------------------------------------------------------------
+# 11. The commands
+
+
+def banner(args: argparse.Namespace, text: str):
+    """What was chosen, in one line."""
+    print(f"{args.command}: {text} | {args.device}, {torch.get_num_threads()} threads, "
+          f"seed {args.seed} -> {args.out}", flush=True)
+
+
+def run_fit(y: Tensor, task: Task, x: Tensor | None, net: nn.Module | None,
+            options: dict) -> tuple:
+    """Fit, show progress, log every 20 iterations; Ctrl-C keeps the best so far.
+
+    Returns (last FitStep, log rows, seconds, interrupted). Only the log reads the clean x.
+    """
+    rows, steps = [], Progress("DIP", fit_dip(y, task, net, **options))
+    try:
+        for last in steps:
+            if last.k % 20 == 0 or last.k <= 1:
+                p, q = quality(last.average, x)
+                rows.append(dict(iter=last.k, seconds=round(steps.seconds(), 2), s=last.s * 127.5,
+                                 loss=last.loss, risk=last.risk, psnr=p, ssim=q))
+                steps.show(last.k, last.iters, f"noise {last.s * 127.5:.0f}/255" + (
+                    f", PSNR {p:.2f}" if x is not None else ""))
+    except FloatingPointError as e:
+        fail(f"--lr: {e}; lower it")
+    return last, rows, steps.seconds(), steps.stopped
+
+
+def fit_options(args: argparse.Namespace) -> dict:
+    """The keyword arguments of fit_dip that the flags ask for."""
+    iters = DIP_ITERS if args.init is None else BRIEF_ITERS
+    lr, iters = (5e-4, ADAPT_ITERS) if args.method == "adapt" else (0.01, iters)
+    return dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
+                width=args.width or 32, depth=args.depth, seed=args.seed)
+
+
+def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
+            prior: Prior | None) -> dict:
+    """What fit-dip (init None) and sample do with one observation: DIP, then reverse diffusion.
+
+    Returns the images (start, samples, image: the answer), log rows and metrics; x is only for
+    the metrics.
+    """
+    start, guide, rows, stopped = task.interpolate(y), None, [], False
+    m = dict(psnr=None, ssim=None, psnr_observed=quality(start, x)[0], seconds=0.0, iters=0,
+             stop_iter=0, risk=math.nan, sigma=task.sigma * 127.5, seconds_dip=0.0)
+    if args.init in (None, "dip"):
+        net = X0Denoiser(prior) if args.method == "adapt" else None
+        last, rows, seconds, stopped = run_fit(y, task, x, net, fit_options(args))
+        start = last.best
+        m |= dict(iters=last.k, stop_iter=last.best_k, risk=last.risk, seconds_dip=seconds,
+                  psnr_dip=quality(start, x)[0])
+        guide = None if args.no_guide else start
+    image, samples, begin = start, start, time.monotonic()
+    if args.init:
+        t0 = {"noise": 1000}.get(args.init, args.start)
+        if t0 == "auto":        # with no R to go by: the observation's noise, or 25/255 of blur
+            t0 = start_t(prior.schedule, m["risk"] if args.init == "dip" else max(
+                task.sigma, from_8bit(25)) ** 2)
+        if t0 > prior.t_max:
+            print(f"start t0 {t0} lowered to {prior.t_max}, the most that this prior has learnt")
+        t0, channels = min(t0, prior.t_max), prior.model.channels
+        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (y, start, guide)]
+        samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=m["risk"],
+                          steps=args.steps, eta=args.eta, samples=args.samples, seed=args.seed)
+        if y.shape[1] < channels:                           # a colour prior on a grey image
+            samples = samples.mean(1, keepdim=True)
+        image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
+        rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
+        m |= dict(psnr_mean=quality(image, x)[0], t0=t0, nfe=min(args.steps, t0),
+                  psnr_sample=None if x is None else sum(p for p, _ in each) / len(each),
+                  seconds_ddpm=time.monotonic() - begin, psnr_dip=m.get("psnr_dip"))
+    m["psnr"], m["ssim"] = quality(image, x)
+    m["seconds"] = m["seconds_dip"] + m.get("seconds_ddpm", 0.0)
+    return dict(start=start, samples=samples, image=image, rows=rows, metrics=m, stopped=stopped)
+
+
+def cmd_restore(args: argparse.Namespace) -> int:
+    """fit-dip and sample. The grid of samples is the restoration of an image never observed."""
+    kind, prior, x = "none" if args.init == "noise" else "dip", None, None
+    grid = args.init == "noise" and args.image is None and args.task is None
+    args.samples = args.samples or (16 if grid else 4)
+    args.steps = args.steps or (100 if args.init == "noise" else 20)
+    image = args.image or os.path.join(HERE, "images", "test", "astronaut.png")
+    if grid:
+        prior = load_prior(args, kind, 1)
+        y = torch.zeros(1, prior.model.channels, args.size, args.size, device=args.device)
+        task = Task("unconditional grid", mask=torch.zeros_like(y[:, :1]))
+    else:
+        x, y, task = observe(args, image, args.task or (
+            "superres:4" if args.init else "denoise:25"))
+        if args.init or args.method == "adapt":
+            prior = load_prior(args, kind, y.shape[1])
+    name = "" if grid else os.path.basename(image) + " "
+    how = f"init {args.init}, {args.steps} steps, {args.samples} samples, {count(prior.model)}" if (
+        args.init) else f"{args.method}, stop {args.stop}"
+    banner(args, f"{name}{y.shape[3]}x{y.shape[2]} {task.name}, {how}")
+    r = restore(args, x, y, task, prior)
+    seen, image = task.interpolate(y), r["image"]
+    panels = [titled("observed", seen, x)]
+    panels += [titled("DIP", r["start"], x)] if args.init in (None, "dip") else []
+    panels += [titled("DDPM, one sample", r["samples"][:1], x),
+               titled(f"mean of {args.samples}", image, x)] if args.init else []
+    panels += [] if x is None else [titled("clean", x, x)]
+    if grid:
+        panels = [(v[None], f"seed {args.seed + i}", "") for i, v in enumerate(r["samples"])]
+        image = torch.cat(list(r["samples"]), 2)[None]
+    metrics = r["metrics"] | dict(task=task.name, init=args.init, method=args.method,
+                                  stop=args.stop, seed=args.seed)
+    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+               for k, v in metrics.items()}
+    for file, data in (("result.png", to_image(image)), ("sample.png", to_image(r["samples"])),
+                       ("figure.png", figure(panels)), ("log.csv", r["rows"]),
+                       ("metrics.json", metrics)):
+        if args.init or file != "sample.png":
+            save(os.path.join(args.out, file), data)
+    numbers = [f"{k} {v:.2f}" for k, v in metrics.items()
+               if isinstance(v, float) and k.startswith(("psnr", "ssim", "seconds"))]
+    print(", ".join(numbers), f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
+    return 130 if r["stopped"] else 0
+
+
+def titled(title: str, image: Tensor, x: Tensor | None) -> tuple:
+    """A panel of figure: the image, its name, its PSNR where the clean x is known."""
+    p = quality(image, x)[0]
+    return image, title, "" if p is None or math.isinf(p) else f"{p:.2f} dB"
+
+
+def load_data(path: str, patch: int) -> tuple:
+    """(list of uint8 C x H x W, patch): a folder of pictures, or an .npz/.npy array of them."""
+    if os.path.isdir(path):
+        images = [to_image(load_image(f, "--data")) for f in photos(path, "--data")]
+        mode = "L" if all(i.mode == "L" for i in images) else "RGB"
+        arrays = [np.atleast_3d(np.asarray(i.convert(mode))) for i in images]
+    else:
+        try:
+            data = np.load(path, allow_pickle=False)
+            if not isinstance(data, np.ndarray):
+                data = data["images" if "images" in data else data.files[0]]
+            arrays = data[..., None] if data.ndim == 3 else data
+            if data.dtype != np.uint8 or arrays.ndim != 4 or arrays.shape[3] not in (1, 3):
+                raise ValueError(f"it holds {data.dtype} of shape {data.shape}")
+        except Exception as e:                          # numpy raises many kinds for bad files
+            fail(f"--data: {path}: {e}; give a folder of pictures, or an .npz/.npy of uint8 "
+                 "images N x H x W (x C)")
+    patch = min(patch, max(min(a.shape[:2]) for a in arrays))
+    arrays = [a for a in arrays if min(a.shape[:2]) >= patch]
+    return [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in arrays], patch
+
+
+def load_state(path: str, flag: str) -> dict:
+    """Read a checkpoint, or fail naming the flag."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        UNet(**state["config"]["unet"]).load_state_dict(state["ema"])
+        return state
+    except Exception as e:                              # torch raises many kinds for bad files
+        fail(f"{flag}: {path} is no whole checkpoint of this script ({str(e).strip()[:100]}); "
+             "make one with: python dipddpm.py train --prior dip")
+
+
+def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
+    """The Prior in --ckpt, or the default one of this kind, trained on the spot when missing."""
+    path = args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
+    if not args.ckpt and not os.path.exists(path):
+        print(f"no prior yet: first training one on images/train, {TRAIN_TIME} on two cores, once; "
+              f"it stays in {path}", flush=True)
+        if main(["train", "--prior", kind, "--device", args.device.type]):
+            raise KeyboardInterrupt
+    state = load_state(path, "--ckpt")
+    c = state["config"]
+    if c["unet"]["channels"] < channels:
+        fail(f"--ckpt: {path} is a prior for grey images and the image has colour; train one on "
+             "colour photos, or give a grey image")
+    if kind == "none" and c["t_max"] < c["T"]:
+        fail(f"--ckpt: {path} knows only t <= {c['t_max']}, too little to start from noise; train "
+             "with --prior none, or use --init dip")
+    model = UNet(**c["unet"]).to(args.device)
+    model.load_state_dict(state["ema"])
+    schedule = NoiseSchedule(c["T"], c["schedule"])
+    return Prior(model, schedule, c["t_max"],
+                 error_variance(schedule, state["eps_loss"], c["t_max"]))
+
+
+def new_state(args: argparse.Namespace, images: list, patch: int) -> dict:
+    """A checkpoint before its first step: a plain dict that weights_only=True can read."""
+    schedule = NoiseSchedule(1000, args.schedule)
+    auto = start_t(schedule, from_8bit(50) ** 2) if args.prior == "dip" else schedule.T
+    unet = dict(channels=len(images[0]), width=args.width or 48, blocks=args.blocks,
+                attention=args.attention)
+    config = dict(unet=unet, T=schedule.T, schedule=args.schedule, prior=args.prior, patch=patch,
+                  t_max=args.t_max or auto, batch=args.batch, lr=args.lr or 1e-3, seed=args.seed)
+    torch.manual_seed(args.seed)
+    weights = UNet(**unet).state_dict()
+    return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None,
+                eps_loss=torch.ones(BINS), count=torch.zeros(BINS))
+
+
+def cmd_train(args: argparse.Namespace) -> int:
+    path = os.path.join(args.out, f"{args.prior}.pt")
+    images, patch = load_data(args.data, args.patch)
+    state = load_state(path, "--resume") if args.resume else new_state(args, images, patch)
+    c = state["config"]
+    if c["unet"]["channels"] != len(images[0]):
+        fail(f"--data: images of {len(images[0])} channels, and the checkpoint to resume has "
+             f"{c['unet']['channels']}; give its data, or train anew without --resume")
+    model, ema = (UNet(**c["unet"]).to(args.device) for _ in range(2))
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, {count(model)}, "
+                 f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}")
+    rows, steps = [], Progress("DDPM", train_ddpm(
+        state, model, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
+    for loss in steps:
+        quarters = " ".join(f"{v:.3f}" for v in state["eps_loss"].view(4, -1).mean(1))
+        steps.show(state["step"], args.steps, f"loss by quarter of t: {quarters}")
+        if not math.isfinite(loss):
+            fail(f"--lr: the loss is not finite at step {state['step']}; lower it, or go on from "
+                 "the last whole checkpoint with --resume")
+        if state["step"] % 50 == 0 or state["step"] == args.steps:
+            rows.append(dict(step=state["step"], seconds=round(steps.seconds(), 1), loss=loss,
+                             loss_by_quarter_of_t=quarters))
+        if state["step"] % 500 == 0:
+            save(path, state | dict(model=model.state_dict(), ema=ema.state_dict()))
+    save(path, state | dict(model=model.state_dict(), ema=ema.state_dict()))
+    save(os.path.join(args.out, "log.csv"), rows)
+    save(os.path.join(args.out, "metrics.json"), dict(
+        psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds(), step=state["step"],
+        t_max=c["t_max"], eps_loss=state["eps_loss"].mean().item()))
+    print(f"{state['step']} steps in {steps.seconds():.0f} s -> {path}", flush=True)
+    return 130 if steps.stopped else 0
+
+
+def count(net: nn.Module) -> str:
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+
+
+# ---------------------------------------------------------------------------------------------
+# 12. Evaluation: the tables of README.md and report.md
+
+
+def row(task: Task, arm: str, image: Tensor, x: Tensor, seconds: float, nfe: int = 0,
+        k: int = 0) -> dict:
+    """One line of a table; k is an iteration, or t0."""
+    p, q = quality(image, x)
+    return dict(task=task.name, arm=arm, psnr=p, ssim=q, seconds=round(seconds, 2), nfe=nfe, k=k)
+
+
+def suite_stopping(args: argparse.Namespace, path: str, text: str) -> list:
+    """The default fit against the classic DIP: at equal seconds, its stop rules, its oracle."""
+    x, y, task = observe(args, path, text)
+    last, log, seconds, _ = run_fit(y, task, x, None, fit_options(args))
+    peak = max(log, key=operator.itemgetter("psnr"))
+    rows = [row(task, "observed", task.interpolate(y), x, 0.0),
+            row(task, "staged, holdout", last.best, x, seconds, 0, last.best_k)]
+    rows.append(rows[-1] | dict(arm="staged, oracle", psnr=peak["psnr"], ssim=peak["ssim"],
+                                seconds=peak["seconds"], k=peak["iter"]))
+    classic = fit_options(args) | dict(method="dip", stop="fixed", iters=args.iters or 3000)
+    rules, picks, peaks, begin = [StopRule("wmv"), StopRule("emv")], {}, {}, time.monotonic()
+    for step in fit_dip(y, task, **classic):
+        now = time.monotonic() - begin
+        chosen = [r.kind for r in rules if not r.done and r.update(step.k, step.output, math.nan)]
+        chosen += ["equal seconds"] * (now <= seconds) + ["fixed 1800"] * (step.k <= 1800)
+        picks |= {name: (step.average, now, step.k) for name in chosen}
+        for name, image in (("oracle", step.average), ("oracle, not averaged", step.output)):
+            p = quality(image, x)[0] if step.k % 10 == 0 else -math.inf
+            if p > peaks.get(name, -math.inf):
+                peaks[name], picks[name] = p, (image, now, step.k)
+    return rows + [row(task, f"classic DIP, {name}", image, x, s, 0, k)
+                   for name, (image, s, k) in picks.items()]
+
+
+def suite_init(args: argparse.Namespace, path: str, text: str) -> list:
+    """DIP -> DDPM against its controls: DIP alone, longer, observed-init, noise-init."""
+    x, y, task = observe(args, path, text)
+    rows, args.samples = [row(task, "observed", task.interpolate(y), x, 0.0)], args.samples or 4
+    for args.init, args.steps in (("dip", 20), ("observed", 20), ("noise", 20), ("noise", 200)):
+        r = restore(args, x, y, task, load_prior(args, "none" if args.init == "noise" else "dip", 1))
+        m = r["metrics"]
+        if args.init == "dip":
+            joined, options = m, fit_options(args)
+            rows.append(row(task, "DIP", r["start"], x, m["seconds_dip"], 0, m["iters"]))
+        for name, image in (("mean of K", r["image"]), ("one sample", r["samples"][:1])):
+            rows.append(row(task, f"{args.init}-init, {args.steps} steps, {name}", image, x,
+                            m["seconds"], m["nfe"], m["t0"]))
+    for times in (1, 2):
+        iters = round(options["iters"] * times * joined["seconds"] / joined["seconds_dip"])
+        last, _, seconds, _ = run_fit(y, task, x, None, options | dict(iters=iters))
+        rows.append(row(task, f"DIP, {times} x the joined seconds", last.best, x, seconds, 0, iters))
+    return rows
+
+
+SUITES = {      # what evaluates one photo at one task, and the tasks
+    "stopping": (suite_stopping, ("denoise:25", "inpaint:0.8", "superres:4")),
+    "init": (suite_init, ("superres:4", "inpaint:0.8")),
+}
+
+
+def markdown(rows: list) -> str:
+    """Means over photos and seeds by (task, arm); std is that of the seeds' means."""
+    table = ["| task | arm | PSNR | std | SSIM | seconds | calls | photos x seeds |", "|---" * 8 + "|"]
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["task"], r["arm"]), []).append(r)
+    for (task, arm), group in groups.items():
+        seeds = [[r["psnr"] for r in group if r["seed"] == s] for s in {r["seed"] for r in group}]
+        std = f"{np.std([np.mean(s) for s in seeds], ddof=1):.2f}" if len(seeds) > 1 else ""
+        p, q, s, n = (np.mean([r[c] for r in group]) for c in ("psnr", "ssim", "seconds", "nfe"))
+        table.append(f"| {task} | {arm} | {p:.2f} | {std} | {q:.3f} | {s:.1f} | {n:.0f} | "
+                     f"{len(group)} |")
+    return "\n".join(table) + "\n"
+
+
+def cmd_evaluate(args: argparse.Namespace) -> int:
+    files = photos(args.images, "--images")[:1 if args.quick else None]
+    if args.quick:
+        args.size, args.iters = min(args.size, 32), args.iters or 20
+    for name in SUITES if args.suite == "all" else [args.suite]:
+        suite, tasks = SUITES[name]
+        tasks, rows = [args.task] if args.task else tasks, []
+        banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
+        work = Progress(name, itertools.product(range(args.seeds), files, tasks))
+        for seed, path, task in work:
+            given = argparse.Namespace(**vars(args) | dict(seed=args.seed + seed))
+            photo = os.path.splitext(os.path.basename(path))[0]
+            new = [dict(seed=given.seed, photo=photo) | r for r in suite(given, path, task)]
+            rows += new
+            save(os.path.join(args.out, f"{name}.csv"), rows)
+            save(os.path.join(args.out, f"{name}.md"), markdown(rows))
+            print(photo, task, " | ".join(f"{r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
+        print(markdown(rows))
+        if work.stopped:
+            return 130
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 13. The command line
+
+
+def number(kind, low, high):
+    """An argparse type: int or float within low..high."""
+    return functools.partial(in_range, kind, low, high)
+
+
+def in_range(kind, low, high, text: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
+    return value
+
+
+def auto_or_t(text: str):
+    return text if text == "auto" else in_range(int, 1, 1000, text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The four commands; every flag with unit, default and range."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in (
+        ("fit-dip", "fit a Deep Image Prior to one photo; it stops by itself"),
+        ("train", "train a DDPM prior on a folder of photos or an array"),
+        ("sample", "reverse diffusion from noise, from the observation, or from a DIP"),
+        ("evaluate", "the tables of README.md and report.md"))}
+    for p in (parser, *parsers.values()):
+        p.error = fail
+    for names, flag, help_text, options in FLAGS:
+        for name in parsers if names == "all" else names.split():
+            text = help_text + ("" if options.get("default") in (None, False) else
+                                " (default: %(default)s)")
+            parsers[name].add_argument(flag, help=text, **options)
+    unset = dict(image=None, observed=False, mask=None, method="staged", stop="holdout", init=None,
+                 no_guide=False, samples=None, steps=None)
+    for p in parsers.values():              # what a command has no flag for
+        p.set_defaults(**{k: v for k, v in unset.items() if p.get_default(k) is None})
+    return parser
+
+
+FLAGS = (       # commands, flag, help, argparse's options
+    ("evaluate", "suite", "which tables: stopping, init or all",
+     dict(nargs="?", choices=[*SUITES, "all"], default="all")),
+    ("fit-dip sample", "--image", "a photo: clean, unless --observed (default: a shipped one)", {}),
+    ("fit-dip sample evaluate", "--task", "denoise:SIGMA (8-bit units), inpaint:SHARE (missing), "
+     "superres:SCALE (default: denoise:25; sample superres:4; evaluate all)", {}),
+    ("fit-dip sample", "--observed", "--image is degraded already: denoise (noise estimated unless "
+     "given), inpaint with --mask, superres:SCALE enlarges", dict(action="store_true")),
+    ("fit-dip sample", "--mask", "for inpaint: a picture of the image's size, white = known", {}),
+    ("fit-dip", "--method", "the arm", dict(choices=[*METHODS], default="staged")),
+    ("fit-dip", "--stop", "stop rule; fixed runs all --iters",
+     dict(choices=["holdout", "wmv", "emv", "fixed"], default="holdout")),
+    ("fit-dip sample evaluate", "--iters", f"DIP iterations (default: {DIP_ITERS}, adapt "
+     f"{ADAPT_ITERS}, sample {BRIEF_ITERS})", dict(type=number(int, 2, 10 ** 7))),
+    ("sample", "--init", "what reverse diffusion starts from",
+     dict(choices=["noise", "observed", "dip"], default="noise")),
+    ("train", "--data", "folder of pictures, or .npz/.npy of uint8 images",
+     dict(default=os.path.join(HERE, "images", "train"))),
+    ("train", "--prior", "none: all t; dip: only t <= --t-max, where a DIP will start it",
+     dict(choices=["none", "dip"], default="none")),
+    ("train", "--t-max", "largest t trained on (default: by the start rule for dip, else 1000)",
+     dict(type=number(int, 1, 1000))),
+    ("train", "--schedule", "noise schedule", dict(choices=["linear", "cosine"], default="linear")),
+    ("train", "--steps", "training steps", dict(type=number(int, 1, 10 ** 8), default=TRAIN_STEPS)),
+    ("sample evaluate", "--steps", "reverse steps (default: 20, from noise 100)",
+     dict(type=number(int, 1, 1000))),
+    ("train", "--batch", "patches a step", dict(type=number(int, 1, 4096), default=16)),
+    ("train", "--patch", "side of the patches, pixels",
+     dict(type=number(int, 4, 1024), default=48)),
+    ("train", "--blocks", "residual blocks a level", dict(type=number(int, 1, 8), default=1)),
+    ("train", "--attention", "self-attention at the lowest level, for whole small images",
+     dict(action="store_true")),
+    ("train", "--resume", "go on from the checkpoint in --out", dict(action="store_true")),
+    ("sample evaluate", "--start", "t0, 1..1000, or auto: the start rule",
+     dict(type=auto_or_t, default="auto")),
+    ("sample evaluate", "--samples", "samples K (default: 4, grid 16)",
+     dict(type=number(int, 1, 1024))),
+    ("sample evaluate", "--no-guide", "no precision guidance by the DIP", dict(action="store_true")),
+    ("sample evaluate", "--eta", "0 (DDIM) .. 1 (ancestral noise)",
+     dict(type=number(float, 0, 1), default=0.0)),
+    ("fit-dip sample evaluate", "--ckpt", "prior (default: runs/train/*.pt, trained if missing)", {}),
+    ("evaluate", "--images", "folder of photos",
+     dict(default=os.path.join(HERE, "images", "test"))),
+    ("evaluate", "--seeds", "seeds, from --seed upwards", dict(type=number(int, 1, 99), default=1)),
+    ("evaluate", "--quick", "one photo, 32x32, 20 iterations: a check", dict(action="store_true")),
+    ("fit-dip train sample evaluate", "--width", "channels of the network (default: DIP 32, DDPM 48)",
+     dict(type=number(int, 8, 1024))),
+    ("fit-dip sample evaluate", "--depth", "levels of the DIP's hourglass",
+     dict(type=number(int, 1, 8), default=4)),
+    ("all", "--lr", "Adam's learning rate (default: DIP 0.01, adapt 5e-4, train 1e-3)",
+     dict(type=number(float, 1e-9, 10))),
+    ("fit-dip sample evaluate", "--halve", "first average 2x2 pixels of --image",
+     dict(action="store_true")),
+    ("fit-dip sample evaluate", "--size", "centre crop, pixels a side (default: the whole of "
+     "--image; 128 for shipped photos, grids and tables)", dict(type=number(int, 1, 2 ** 16))),
+    ("all", "--seed", "of all that is random", dict(type=number(int, 0, 2 ** 30), default=0)),
+    ("all", "--device", "where to run", dict(choices=["auto", "cpu", "cuda", "mps"],
+                                             default="auto")),
+    ("all", "--out", "folder for what is written (default: runs/COMMAND)", {}),
+)
+
+
+def prepare(args: argparse.Namespace):
+    """Fill in what depends on other flags: the device, the folder, the size."""
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if not have.get(args.device, True):
+        fail(f"--device: there is no {args.device} here; use --device auto")
+    args.device = torch.device(args.device if args.device != "auto" else next(
+        d for d in have if have[d]))
+    args.out = args.out or os.path.join("runs", args.command)
+    if args.command != "train" and args.image is None:
+        args.size = args.size or 128
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        save(os.path.join(args.out, ".writable"), "")
+        os.remove(os.path.join(args.out, ".writable"))
+    except OSError as e:
+        fail(f"--out: cannot write into {args.out} ({e.strerror}); name a folder you may write to")
+
+
+def main(argv: list | None = None) -> int:
+    """Run one command (argv without the program's name); returns the exit code."""
+    args = make_parser().parse_args(argv)
+    prepare(args)
+    commands = {"fit-dip": cmd_restore, "sample": cmd_restore, "train": cmd_train,
+                "evaluate": cmd_evaluate}
+    try:
+        return commands[args.command](args)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,773 @@
+"""Tests of dipddpm.py against closed forms, golden numbers and other libraries."""
+import ast
+import csv
+import inspect
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import dipddpm as D
+
+HERE = os.path.dirname(os.path.abspath(D.__file__))
+torch.set_num_threads(2)
+
+
+def run(*argv):
+    """main() in-process; the exit code, also of SystemExit."""
+    try:
+        return D.main([str(a) for a in argv])
+    except SystemExit as e:
+        return e.code
+
+
+def smooth_image(n=16, channels=3):
+    u = torch.linspace(-1, 1, n)
+    waves = [torch.sin((2 + c) * u)[:, None] * torch.cos((3 - c) * u)[None] for c in range(channels)]
+    return torch.stack(waves)[None] * 0.8
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    D.to_image(smooth_image()).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def priors(tmp_path_factory):
+    """Tiny checkpoints of both kinds, colour, and one for grey images."""
+    out = tmp_path_factory.mktemp("priors")
+    grey = np.random.default_rng(0).integers(0, 255, (6, 16, 16), np.uint8)
+    np.save(out / "grey.npy", grey)
+    flags = ["--steps", 3, "--batch", 2, "--patch", 16, "--width", 8, "--out", out]
+    assert run("train", "--prior", "none", *flags) == 0
+    assert run("train", "--prior", "dip", *flags) == 0
+    assert run("train", "--data", out / "grey.npy", *flags[:-1], out / "grey") == 0
+    return out
+
+
+# ---- the diffusion process
+
+
+@pytest.mark.parametrize("kind, golden", [
+    ("linear", {1: 0.9999, 100: 0.8970181457, 500: 0.07858724288, 1000: 4.035829765e-05}),
+    ("cosine", {1: 0.9999587158, 500: 0.4938435904})])
+def test_golden_abar(kind, golden):
+    s = D.NoiseSchedule(1000, kind)
+    assert len(s.betas) == len(s.abar) == 1001 and s.betas[0] == 0 and s.abar[0] == 1
+    for t, value in golden.items():
+        assert s.abar[t].item() == pytest.approx(value, rel=1e-9)
+    with pytest.raises(ValueError):
+        D.NoiseSchedule(10, "quadratic")
+
+
+def test_posterior_is_bayes_rule():
+    s = D.NoiseSchedule(50)
+    x0, xt = torch.tensor([[[[0.3]]]]), torch.tensor([[[[-0.7]]]])
+    for t in range(1, 51):
+        beta, prev = s.betas[t].item(), s.abar[t - 1].item()
+        # prior N(sqrt(prev) x0, 1 - prev) times likelihood N(xt; sqrt(1 - beta) x, beta)
+        lik = (1 - beta) / beta
+        prior = 1 / (1 - prev) if prev < 1 else math.inf
+        var = 1 / (lik + prior)
+        mean = 0.3 if t == 1 else var * (
+            math.sqrt(1 - beta) / beta * -0.7 + prior * math.sqrt(prev) * 0.3)
+        m, v = D.q_posterior(s, x0, xt, torch.tensor([t]))
+        assert v.item() == pytest.approx(var, rel=1e-4, abs=1e-9)
+        assert m.item() == pytest.approx(mean, rel=1e-3, abs=1e-5)
+
+
+def test_predict_x0_inverts_q_sample_for_every_t():
+    s = D.NoiseSchedule()
+    t = torch.arange(1, 1001)
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(1000, 1, 2, 2, generator=g), torch.randn(1000, 1, 2, 2, generator=g)
+    back = D.predict_x0(s, D.q_sample(s, x0, t, eps), t, eps)
+    assert (back - x0).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_chain_of_single_steps_equals_q_sample(kind):
+    s, mean, var = D.NoiseSchedule(1000, kind), 1.0, 0.0
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    for t in range(1, 1001):
+        mean, var = math.sqrt(1 - s.betas[t]) * mean, (1 - s.betas[t].item()) * var + s.betas[t].item()
+        at = torch.tensor([t])
+        assert D.q_sample(s, one, at, zero).item() == pytest.approx(mean, rel=1e-4, abs=1e-7)
+        assert D.q_sample(s, zero, at, one).item() == pytest.approx(math.sqrt(var), rel=1e-5)
+
+
+def test_first_t_is_the_smallest():
+    s = D.NoiseSchedule()
+    for sigma in (0.011, 0.1, 0.5, 3.0):
+        t = D.start_t(s, sigma ** 2)
+        assert s.sigma[t] >= sigma > s.sigma[t - 1]
+    assert D.start_t(s, 0.0) == 1 and D.start_t(s, 1e9) == 1000
+    assert D.start_t(s, 0.01, c=2.0) == D.start_t(s, 0.04)
+
+
+class GaussianEps(nn.Module):
+    """The exact eps*(x_t, t) when the data are N(m, s^2)."""
+
+    def __init__(self, schedule, m, s):
+        super().__init__()
+        self.abar, self.m, self.s = schedule.abar.float(), m, s
+
+    def forward(self, x, t):
+        a = self.abar[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x - a.sqrt() * self.m) / (a * self.s ** 2 + 1 - a)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "ddim, eta 1"])
+def test_samplers_reproduce_gaussian_data(kind, sampler):
+    s, m, std, n = D.NoiseSchedule(1000, kind), 0.4, 0.3, 96 * 96
+    model, gens = GaussianEps(s, m, std), [torch.Generator().manual_seed(1)]
+    xt = D.noise((1, 1, 96, 96), gens)
+    if sampler == "ancestral":
+        x = D.p_sample_loop(model, s, xt, 1000, gens)
+    else:
+        x = D.ddim_sample(model, s, xt, 1000, 1000, gens, eta=float(sampler.endswith("1")))
+    assert x.mean().item() == pytest.approx(m, abs=4 * std / math.sqrt(n) + 1e-3)
+    assert x.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * n) + 0.01)
+
+
+def test_ddim_with_eta_1_and_all_steps_is_ancestral_sampling():
+    s = D.NoiseSchedule(40)
+    model, xt = GaussianEps(s, 0.1, 0.5), D.noise((2, 1, 8, 8), [D.stream(i, 0) for i in (0, 1)])
+    a = D.p_sample_loop(model, s, xt, 40, [D.stream(i, 2) for i in (0, 1)])
+    b = D.ddim_sample(model, s, xt, 40, 40, [D.stream(i, 2) for i in (0, 1)], eta=1.0)
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_last_step_is_deterministic_and_start_index_is_exact():
+    s = D.NoiseSchedule(100)
+    model, xt = GaussianEps(s, 0.0, 0.5), torch.randn(1, 1, 4, 4)
+    want = D.predict_x0(s, xt, torch.tensor([1]), model(xt, torch.tensor([1])))
+    for seed in (0, 1):
+        gens = [D.stream(seed, 2)]
+        assert torch.allclose(D.p_sample_loop(model, s, xt, 1, gens), want, atol=1e-6)
+        assert torch.allclose(D.ddim_sample(model, s, xt, 1, 5, gens, eta=1.0), want, atol=1e-6)
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x, t):
+            seen.append(int(t[0]))
+            return model(x, t)
+
+    D.ddim_sample(Spy(), s, xt, 50, 5, [D.stream(0, 2)])
+    assert seen == [50, 40, 30, 20, 10]
+
+
+# ---- networks and training
+
+
+def test_training_t_covers_1_to_t_max_and_reaches_the_network():
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t):
+            seen.extend(t.tolist())
+            return x * self.w
+
+    state = dict(config=dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7), step=0, rng=None,
+                 optimiser={}, eps_loss=torch.ones(D.BINS), count=torch.zeros(D.BINS))
+    images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
+    list(D.train_ddpm(state, Spy(), Spy(), D.NoiseSchedule(100), images, 40))
+    assert set(seen) == set(range(1, 8))
+    net = D.UNet(width=8)
+    nn.init.normal_(net.out.weight)
+    x = torch.randn(1, 3, 16, 16)
+    for block in [b for level in net.enc for b in level]:
+        nn.init.normal_(block.conv2.weight, std=0.1)
+    a, b = net(x, torch.tensor([3])), net(x, torch.tensor([4]))
+    assert (a - b).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 17), (33, 40)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_take_any_size(size, channels):
+    x = torch.randn(2, channels, *size)
+    assert D.UNet(channels, width=8, attention=True)(x, torch.tensor([1, 2])).shape == x.shape
+    out = D.SkipNet(channels, channels, width=8)(x)
+    assert out.shape == x.shape and out.abs().max() <= 1
+
+
+def test_error_variance_is_the_error_of_x0():
+    """A model that is off by e in eps is off by sigma_t e in x0, hence r_t^2 = sigma_t^2 e^2."""
+    s, t, e = D.NoiseSchedule(), 60, 0.1
+    x0, eps = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    xt = D.q_sample(s, x0, torch.tensor([t]), eps)
+    off = D.predict_x0(s, xt, torch.tensor([t]), eps + e) - x0
+    r2 = D.error_variance(s, torch.full((D.BINS,), e ** 2), 100)
+    assert r2[t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
+
+
+def test_resume_is_bit_exact(tmp_path):
+    flags = ["train", "--batch", 2, "--patch", 16, "--width", 8, "--out"]
+    assert run(*flags, tmp_path / "a", "--steps", 6) == 0
+    assert run(*flags, tmp_path / "b", "--steps", 3) == 0
+    assert run(*flags, tmp_path / "b", "--steps", 6, "--resume") == 0
+    a, b = (torch.load(tmp_path / d / "none.pt", weights_only=True) for d in "ab")
+    assert a["step"] == b["step"] == 6
+    for key in ("model", "ema"):
+        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
+    assert torch.equal(a["rng"], b["rng"]) and torch.equal(a["eps_loss"], b["eps_loss"])
+
+
+def test_ctrl_c_saves_a_whole_checkpoint_and_exits_130(tmp_path, monkeypatch):
+    def interrupted(*args):
+        for i, loss in enumerate(original(*args)):
+            if i == 1:
+                os.kill(os.getpid(), 2)
+            yield loss
+
+    original = D.train_ddpm
+    flags = ["train", "--batch", 2, "--patch", 16, "--width", 8, "--steps", 5, "--out"]
+    assert run(*flags, tmp_path / "whole") == 0
+    monkeypatch.setattr(D, "train_ddpm", interrupted)
+    assert run(*flags, tmp_path / "cut") == 130
+    assert torch.load(tmp_path / "cut" / "none.pt", weights_only=True)["step"] == 2
+    monkeypatch.undo()
+    assert run(*flags, tmp_path / "cut", "--resume") == 0
+    a, b = (torch.load(tmp_path / d / "none.pt", weights_only=True) for d in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, priors):
+    path = tmp_path / "c.pt"
+    path.write_bytes((priors / "none.pt").read_bytes())
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        D.save(str(path), dict(other=1))
+    assert D.load_state(str(path), "--ckpt")["step"] == 3
+
+
+# ---- tasks, ladder, held-out risk, stop rules
+
+
+def tasks():
+    g = torch.Generator().manual_seed(3)
+    mask = (torch.rand(1, 1, 12, 12, generator=g) < 0.4).float()
+    small = (torch.rand(1, 1, 3, 3, generator=g) < 0.6).float()
+    return [D.Task("denoise", sigma=0.1), D.Task("inpaint", mask=mask), D.Task("sr", scale=4),
+            D.Task("sr with holes", scale=4, mask=small)]
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda t: t.name)
+def test_operators(task):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 12, 12, generator=g, dtype=torch.float64)
+    y = task.forward(torch.randn(1, 3, 12, 12, generator=g, dtype=torch.float64))
+    assert torch.allclose(task.forward(task.pinv(y)), y)                       # A A^+ = I
+    assert (task.forward(x) * y).sum().item() == pytest.approx((x * task.adjoint(y)).sum().item())
+    assert torch.allclose(task.forward(task.project(x, y)), y)
+    known = task.forward(task.interpolate(y.float()))
+    assert known.shape == y.shape and torch.isfinite(known).all()
+
+
+@pytest.mark.parametrize("source", ["fit", "hold out"])
+def test_conjugate_pair_is_uncorrelated(source):
+    """Over many draws of the noise: cov(z1, z2 | x) = 0, and the variances are as stated."""
+    n, sigma, g = 40000, 0.3, torch.Generator().manual_seed(0)
+    x = torch.full((1, 1, n, 1), 0.2)
+    y = x + sigma * torch.randn(x.shape, generator=g)
+    task, a = D.Task("denoise", sigma=sigma), 0.5
+    if source == "fit":
+        z1, level, z2 = D.network_io("staged", y, task, y, y, a * sigma, g)
+        assert level == pytest.approx(sigma * math.sqrt(1 + a * a))
+    else:
+        held = D.HeldOut(y, task, g, a=a)
+        z1, z2, level = held.y, held.val_y, held.task.sigma
+    e1, e2 = (z1 - x).flatten(), (z2 - x).flatten()
+    s2 = sigma * math.sqrt(1 + 1 / a ** 2)
+    assert abs((e1 * e2).mean()) < 4 * level * s2 / math.sqrt(n)
+    assert e1.std().item() == pytest.approx(level, rel=0.02)
+    assert e2.std().item() == pytest.approx(s2, rel=0.02)
+
+
+def test_held_out_risk_is_unbiased():
+    x, g, sigma, gaps, n = smooth_image(8), torch.Generator().manual_seed(0), 0.4, [], 1500
+    for _ in range(n):
+        y = x + sigma * torch.randn(x.shape, generator=g)
+        held = D.HeldOut(y, D.Task("denoise", sigma=sigma), g)
+        xhat = 0.6 * held.y + 0.4 * held.y.roll(1, 3)               # any fixed f
+        gaps.append(held.risk(xhat) - ((xhat - x) ** 2).mean().item())
+    assert abs(np.mean(gaps)) < 4 * np.std(gaps) / math.sqrt(n)
+    assert np.std(gaps) / math.sqrt(n) < 0.02 * sigma ** 2          # and the test has power
+
+
+@pytest.mark.parametrize("task", tasks()[1:], ids=lambda t: t.name)
+def test_held_out_pixels(task):
+    x = smooth_image(12)
+    held = D.HeldOut(task.forward(x), task, D.stream(0, D.FIT), share=0.3)
+    known = torch.ones(1, 1, 3, 3) if task.mask is None else task.mask
+    assert torch.equal(held.task.mask + held.val_task.mask, known)
+    assert held.risk(x) == pytest.approx(0, abs=1e-12)
+    out = held.val_task.mask.expand(1, 3, -1, -1) > 0
+    xhat = x + 0.1 * torch.randn(x.shape)
+    plain = replace_mask(task).forward(xhat - x)[out]
+    assert held.risk(xhat) == pytest.approx((plain ** 2).mean().item(), rel=1e-4)
+
+
+def replace_mask(task):
+    return D.Task("no mask", scale=task.scale)
+
+
+def test_fit_never_redraws_the_observation_noise():
+    a, b = (torch.randn(1000, generator=D.stream(0, p)) for p in (D.OBSERVE, D.FIT))
+    assert abs((a * b).mean()) < 4 / math.sqrt(1000)
+
+
+def feed(rule, scores):
+    for k, score in enumerate(scores, 1):
+        rule.update(k, torch.zeros(1, 1, 2, 2), score)
+        if rule.done:
+            break
+    return k
+
+
+def test_holdout_stops_at_the_minimum_with_patience():
+    rule = D.StopRule("holdout", patience=10)
+    scores = [(k - 30) ** 2 / 100 for k in range(1, 200)]
+    assert feed(rule, scores) == 40 and rule.best_k == 30
+    rule = D.StopRule("holdout", patience=10)                       # a dip before a lower one
+    scores = [1.0, 0.5] + [0.9] * 5 + [0.2] + [0.9] * 50
+    assert feed(rule, scores) == 18 and rule.best_k == 8
+
+
+def test_fixed_takes_the_newest():
+    rule = D.StopRule("fixed")
+    assert feed(rule, [math.nan] * 25) == 25 and rule.best_k == 25 and not rule.done
+
+
+def test_wmv_and_emv_find_the_still_stretch():
+    """Outputs that move, stand nearly still around k = 120..160, and move again."""
+    g, window = torch.Generator().manual_seed(0), 20
+    size = [1.0] * 100 + [0.1] * 60 + [1.0] * 100
+    outputs = [s * torch.randn(1, 1, 16, 16, generator=g) for s in size]
+    wmv, emv = D.StopRule("wmv", patience=50, window=window), D.StopRule("emv", patience=50)
+    ema, var = outputs[0].numpy(), 0.0
+    for k, x in enumerate(outputs, 1):
+        wmv.update(k, x, math.nan)
+        emv.update(k, x, math.nan)
+        if k >= window:
+            stack = torch.stack(outputs[k - window:k]).numpy()
+            assert wmv.score == pytest.approx(stack.var(0).mean(), rel=1e-5)
+        if k > 1:
+            var = 0.9 * (var + 0.1 * ((x.numpy() - ema) ** 2).mean())
+            ema = ema + 0.1 * (x.numpy() - ema)
+            assert emv.score == pytest.approx(var, rel=1e-4)
+    assert 120 <= wmv.best_k <= 160 and wmv.done
+    assert 120 <= emv.best_k <= 160 and emv.done
+
+
+def test_ladder_falls_in_rungs():
+    s = D.ladder(0.2, 300)
+    assert len(s) == 300 and len(set(s)) == 30 and s == sorted(s, reverse=True)
+    assert s[0] == pytest.approx(0.6) and s[-1] == pytest.approx(0.08)
+    assert len(D.ladder(0.0, 7)) == 7
+
+
+def test_turns_are_the_8_of_the_square_and_invert():
+    x = torch.arange(9.0).view(1, 1, 3, 3)
+    turns = [D.turned(x, g) for g in range(8)]
+    assert len({tuple(t.flatten().tolist()) for t in turns}) == 8
+    assert all(torch.equal(D.turned(t, g, back=True), x) for g, t in enumerate(turns))
+
+
+def test_estimate_sigma():
+    g = torch.Generator().manual_seed(0)
+    for sigma in (0.05, 0.2, 0.5):
+        y = smooth_image(128) + sigma * torch.randn(1, 3, 128, 128, generator=g)
+        assert D.estimate_sigma(y) == pytest.approx(sigma, rel=0.05)
+    assert D.estimate_sigma(torch.zeros(1, 3, 1, 1)) == 0
+
+
+@pytest.mark.parametrize("method", list(D.METHODS))
+@pytest.mark.parametrize("task", [D.Task("denoise", sigma=0.2), tasks()[1]], ids=["noise", "holes"])
+def test_every_method_fits(method, task):
+    task = D.Task(task.name, task.sigma, 1, None if task.mask is None else tasks()[1].mask)
+    x = smooth_image(12)
+    steps = list(D.fit_dip(task.forward(x), task, method=method, stop="fixed", iters=60, width=16,
+                           depth=2))
+    assert [s.k for s in steps] == list(range(1, 61)) and steps[-1].best_k == 60
+    assert np.mean([s.loss for s in steps[-10:]]) < np.mean([s.loss for s in steps[:10]])
+
+
+def test_fit_approaches_the_clean_image_and_keeps_what_it_does_not_see():
+    x = smooth_image(32)
+    y = x + 0.2 * torch.randn(x.shape, generator=D.stream(0, D.OBSERVE))
+    *_, last = D.fit_dip(y, D.Task("denoise", sigma=0.2), iters=200, width=16)
+    assert D.psnr(last.best, x, 2.0) > D.psnr(y, x, 2.0) + 5
+
+
+CLEAN = ("clean", "x", "x0", "reference", "target", "ground_truth")
+
+
+@pytest.mark.parametrize("f", [D.fit_dip, D.descend, D.network_io, D.HeldOut.__init__, D.HeldOut.risk,
+                               D.StopRule.__init__, D.StopRule.update, D.start_t, D.reverse])
+def test_fit_and_stop_have_no_clean_image_parameter(f):
+    assert not set(inspect.signature(f).parameters) & set(CLEAN)
+
+
+@pytest.mark.parametrize("init, task", [(None, "denoise:25"), ("dip", "superres:4")])
+def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, photo):
+    command = "sample" if init else "fit-dip"
+    flags = [command, "--image", str(photo), "--task", task, "--iters", "8",
+             "--ckpt", str(priors / "dip.pt")] + (["--init", init] if init else [])
+    args = D.make_parser().parse_args(flags)
+    D.prepare(args)
+    args.samples, args.steps = 2, 3
+    x, y, t = D.observe(args, args.image, task)
+    prior = D.load_prior(args, "dip", 3) if init else None
+    a, b, c = (D.restore(args, v, y, t, prior) for v in (x, torch.zeros_like(x), None))
+    assert torch.equal(a["image"], b["image"]) and torch.equal(a["image"], c["image"])
+    assert a["metrics"]["psnr"] != b["metrics"]["psnr"]
+
+
+# ---- joining
+
+
+def tiny_prior(model=None):
+    s = D.NoiseSchedule()
+    return D.Prior(model or GaussianEps(s, 0.0, 0.5), s, 1000, torch.full((1001,), 0.02))
+
+
+def test_marginal_of_the_start(monkeypatch):
+    monkeypatch.setattr(D, "ddim_sample", lambda model, schedule, xt, *rest: xt)
+    xhat, t0 = torch.full((1, 1, 64, 64), 0.7), 300
+    prior = tiny_prior()
+    xt = D.reverse(prior, xhat, D.Task("denoise", sigma=0.1), xhat, t0, samples=4)
+    abar = prior.schedule.abar[t0].item()
+    assert xt.mean().item() == pytest.approx(0.7 * math.sqrt(abar), abs=4 / 128)
+    assert xt.std().item() == pytest.approx(math.sqrt(1 - abar), rel=0.03)
+    assert len({v.sum().item() for v in xt}) == 4
+
+
+def test_guidance_is_the_product_of_two_gaussians():
+    r2, risk, one = torch.full((11,), 0.04), 0.01, torch.full((1, 1, 2, 2), 0.8)
+    got = D.refine_x0(one, 5, r2=r2, xhat=one * 0, risk=risk, y=one, task=D.Task("d", sigma=0.1))
+    assert got.mean().item() == pytest.approx((0.8 / 0.04 + 0 / 0.01) / (1 / 0.04 + 1 / 0.01))
+    task = D.Task("inpaint", mask=torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]))
+    got = D.refine_x0(one, 5, r2=r2, xhat=one * 0, risk=risk, y=one * 0.3 * task.mask, task=task)
+    assert got[0, 0, 0, 0].item() == pytest.approx(0.3) and got[0, 0, 0, 1].item() == pytest.approx(0.16)
+    got = D.refine_x0(one, 5, r2=r2, xhat=None, risk=0.0, y=one * 0, task=D.Task("d", sigma=0.2))
+    assert got.mean().item() == pytest.approx(0.8 * 0.5)            # noisy y: equal precisions
+
+
+def test_sample_i_does_not_depend_on_the_batch_size():
+    torch.manual_seed(0)
+    net = D.UNet(width=8)
+    nn.init.normal_(net.out.weight, std=0.1)
+    y = smooth_image(16)[..., ::4, ::4]
+    prior, task, start = tiny_prior(net), D.Task("sr", scale=4), smooth_image(16)
+    many = D.reverse(prior, y, task, start, 200, steps=4, eta=1.0, samples=3, seed=5)
+    for i in range(3):
+        one = D.reverse(prior, y, task, start, 200, steps=4, eta=1.0, samples=1, seed=5 + i)
+        assert torch.allclose(many[i:i + 1], one, atol=1e-4)
+    assert (many[0] - many[1]).abs().max() > 1e-3
+
+
+# ---- metrics
+
+
+def two_images():
+    u = np.arange(3 * 24 * 20).reshape(1, 3, 24, 20)
+    a = torch.from_numpy(0.5 + 0.5 * np.sin(u / 7.0))
+    return a, torch.from_numpy((0.5 + 0.5 * np.sin(u / 7.0 + 0.3) + 0.1 * np.cos(u)).clip(0, 1))
+
+
+def test_psnr_and_ssim_golden():
+    a, b = two_images()
+    assert D.psnr(torch.zeros(4), torch.full((4,), 0.1), 1.0) == pytest.approx(20.0)
+    assert D.psnr(a * 2 - 1, b * 2 - 1, 2.0) == pytest.approx(D.psnr(a, b, 1.0))
+    assert D.psnr(a, a, 1.0) == math.inf and D.ssim(a, a, 1.0) == pytest.approx(1.0)
+    assert D.ssim(a, b, 1.0) == pytest.approx(0.9124603986409611, abs=1e-6)
+    assert D.ssim(a[:, :1], b[:, :1], 1.0) == pytest.approx(0.9021090969300879, abs=1e-6)
+    with pytest.raises(ValueError):
+        D.ssim(a[..., :10], b[..., :10], 1.0)
+
+
+def test_ssim_equals_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = two_images()
+    want = metrics.structural_similarity(a[0].numpy(), b[0].numpy(), channel_axis=0, data_range=1.0,
+                                         gaussian_weights=True, sigma=1.5,
+                                         use_sample_covariance=False)
+    assert D.ssim(a, b, 1.0) == pytest.approx(want, abs=1e-4)
+
+
+# ---- files
+
+
+def test_images_of_every_kind_load(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 255, (6, 5, 3), np.uint8)
+    want = torch.from_numpy(rgb / 127.5 - 1).permute(2, 0, 1)[None].float()
+    image = Image.fromarray(rgb)
+    image.save(tmp_path / "rgb.png")
+    assert torch.allclose(D.load_image(str(tmp_path / "rgb.png")), want, atol=1e-6)
+    assert np.array_equal(np.asarray(D.to_image(want)), rgb)
+    image.quantize(256).save(tmp_path / "palette.png")
+    assert D.load_image(str(tmp_path / "palette.png")).shape == (1, 3, 6, 5)
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    assert (D.load_image(str(tmp_path / "clear.png")) == 1).all()
+    grey16 = np.array([[0, 65535], [32768, 257]], np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    got = D.load_image(str(tmp_path / "grey16.png"))
+    assert got.shape == (1, 1, 2, 2) and np.allclose(got[0, 0], grey16 / 32767.5 - 1, atol=1e-4)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # turn by 90 degrees to view
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert torch.allclose(D.load_image(str(tmp_path / "turned.png")),
+                          torch.rot90(want, -1, (2, 3)), atol=1e-6)
+
+
+def test_saving_rounds_and_clips():
+    x = torch.tensor([[[[-2.0, -1.0, 0.0, 1.0, 2.0, 0.0039]]]])
+    assert np.asarray(D.to_image(x)).tolist() == [[0, 0, 128, 255, 255, 128]]
+
+
+# ---- the commands, at 16 x 16
+
+
+FIT_KEYS = {"psnr", "ssim", "psnr_observed", "seconds", "iters", "stop_iter", "risk", "sigma"}
+SAMPLE_KEYS = {"psnr", "ssim", "psnr_observed", "seconds", "psnr_dip", "psnr_mean", "psnr_sample",
+               "t0", "nfe", "seconds_dip", "seconds_ddpm"}
+
+
+def outputs(out, keys):
+    for name in ("result.png", "figure.png"):
+        Image.open(out / name).load()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert keys <= set(metrics) and list(csv.DictReader(open(out / "log.csv")))
+    assert not [f for f in os.listdir(out) if f.endswith(".tmp")]
+    return metrics
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--task", "inpaint:0.8"], ["--task", "superres:4"], ["--method", "dip", "--stop", "wmv"],
+    ["--method", "targets", "--stop", "emv"], ["--method", "selfdiff", "--stop", "fixed"],
+    ["--method", "adapt"], ["--observed", "--task", "denoise"], ["--observed", "--task", "superres:2"]],
+    ids=" ".join)
+def test_fit_dip(tmp_path, photo, priors, extra):
+    code = run("fit-dip", "--image", photo, "--iters", 8, "--out", tmp_path, "--ckpt",
+               priors / "dip.pt", *extra)
+    m = outputs(tmp_path, FIT_KEYS)
+    assert code == 0 and (m["psnr"] is None) == ("--observed" in extra)
+
+
+def test_fit_dip_with_a_mask_file(tmp_path, photo):
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[4:8, 4:8] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert run("fit-dip", "--image", photo, "--observed", "--task", "inpaint", "--mask",
+               tmp_path / "mask.png", "--iters", 8, "--out", tmp_path / "o") == 0
+    result, given = (np.asarray(Image.open(p)) for p in (tmp_path / "o" / "result.png", photo))
+    assert np.array_equal(result[mask > 0], given[mask > 0])
+
+
+@pytest.mark.parametrize("extra", [
+    ["--init", "dip"], ["--init", "dip", "--task", "denoise:25"], ["--init", "dip", "--no-guide"],
+    ["--init", "observed", "--task", "inpaint:0.8", "--start", "30"],
+    ["--init", "noise", "--eta", "1"], ["--init", "dip", "--observed"]], ids=" ".join)
+def test_sample(tmp_path, photo, priors, extra):
+    ckpt = priors / ("none.pt" if "noise" in extra else "dip.pt")
+    assert run("sample", "--image", photo, "--iters", 8, "--steps", 3, "--samples", 2, "--out",
+               tmp_path, "--ckpt", ckpt, *extra) == 0
+    m = outputs(tmp_path, SAMPLE_KEYS)
+    assert 1 <= m["nfe"] <= 3 and m["t0"] >= m["nfe"]
+    assert (m["psnr_dip"] is None) == ("dip" not in extra or "--observed" in extra)
+    assert m["seconds"] >= m["seconds_ddpm"] > 0
+
+
+def test_sample_grid(tmp_path, priors):
+    assert run("sample", "--init", "noise", "--steps", 3, "--samples", 3, "--size", 16, "--out",
+               tmp_path, "--ckpt", priors / "none.pt") == 0
+    m = outputs(tmp_path, SAMPLE_KEYS)
+    assert m["nfe"] == 3 and m["t0"] == 1000 and m["psnr"] is None
+
+
+def test_super_resolution_is_consistent_with_what_was_observed(tmp_path, photo, priors):
+    args = D.make_parser().parse_args(["sample", "--init", "dip", "--image", str(photo), "--iters",
+                                       "6", "--steps", "3", "--samples", "2", "--ckpt",
+                                       str(priors / "dip.pt")])
+    D.prepare(args)
+    x, y, task = D.observe(args, args.image, "superres:4")
+    r = D.restore(args, x, y, task, D.load_prior(args, "dip", 3))
+    assert torch.allclose(task.forward(r["samples"]), y.expand(2, -1, -1, -1), atol=1e-5)
+
+
+def test_grey_photo_with_a_colour_prior(tmp_path, priors):
+    D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
+    assert run("sample", "--init", "dip", "--image", tmp_path / "grey.png", "--iters", 6, "--steps",
+               2, "--out", tmp_path / "o", "--ckpt", priors / "dip.pt") == 0
+    assert Image.open(tmp_path / "o" / "result.png").mode == "L"
+
+
+def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained, original = [], D.cmd_train
+
+    def small(args):
+        trained.append(args.prior)
+        args.steps, args.batch, args.patch, args.width = 2, 2, 16, 8
+        return original(args)
+
+    monkeypatch.setattr(D, "cmd_train", small)
+    for _ in range(2):
+        assert run("sample", "--init", "dip", "--image", photo, "--iters", 6, "--steps", 2) == 0
+    assert trained == ["dip"] and os.path.exists(tmp_path / "runs" / "train" / "dip.pt")
+    assert "minutes" in capsys.readouterr().out
+
+
+def test_evaluate_quick(tmp_path, priors, monkeypatch):
+    monkeypatch.setattr(D, "load_prior", load_tiny(priors))
+    assert run("evaluate", "--quick", "--size", 16, "--out", tmp_path) == 0
+    for name, (_, tasks_) in D.SUITES.items():
+        rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
+        assert {r["task"] for r in rows} == set(tasks_)
+        assert all(math.isfinite(float(r["psnr"])) for r in rows)
+        assert (tmp_path / f"{name}.md").read_text().startswith("| task | arm | PSNR")
+
+
+def load_tiny(priors):
+    original = D.load_prior
+
+    def load(args, kind, channels):
+        args.ckpt = str(priors / f"{kind}.pt")
+        return original(args, kind, channels)
+    return load
+
+
+def test_same_seed_same_bytes(tmp_path, photo):
+    for out in ("a", "b"):
+        assert run("fit-dip", "--image", photo, "--iters", 8, "--out", tmp_path / out) == 0
+    assert run("fit-dip", "--image", photo, "--iters", 8, "--seed", 1, "--out", tmp_path / "c") == 0
+    a, b, c = ((tmp_path / d / "result.png").read_bytes() for d in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 17), (2, 40)])
+@pytest.mark.parametrize("task", ["denoise:25", "inpaint:0.5"])
+def test_small_images(tmp_path, size, task):
+    Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(tmp_path / "s.png")
+    code = run("fit-dip", "--image", tmp_path / "s.png", "--task", task, "--iters", 6, "--seed", 3,
+               "--out", tmp_path / "o")
+    assert code == 0 and Image.open(tmp_path / "o" / "result.png").size == size[::-1]
+
+
+# ---- errors: one line, the flag, exit code 2
+
+
+@pytest.fixture
+def bad(tmp_path, photo, priors):
+    (tmp_path / "text.png").write_text("no image")
+    big = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    big.save(tmp_path / "big.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "big.jpg").read_bytes()[:900])
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "small_mask.png")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "black_mask.png")
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(tmp_path / "one.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    np.savez(tmp_path / "floats.npz", images=np.zeros((2, 8, 8)))
+    whole = (priors / "dip.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    state = torch.load(priors / "dip.pt", weights_only=True)
+    state["config"]["unet"]["width"] = 16
+    torch.save(state, tmp_path / "other_shape.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "file").write_text("a file where a folder should be")
+    return tmp_path
+
+
+ERRORS = [
+    ("fit-dip --image {d}/missing.png", "--image"),
+    ("fit-dip --image {d}/text.png", "--image"),
+    ("fit-dip --image {d}/cut.jpg", "--image"),
+    ("fit-dip --image {d}", "--image"),
+    ("fit-dip --image {d}/one.png --task superres:4", "--image"),
+    ("fit-dip --image {d}/photo.png --task blur:3", "--task"),
+    ("fit-dip --image {d}/photo.png --task denoise:0", "--task"),
+    ("fit-dip --image {d}/photo.png --task denoise:-25", "--task"),
+    ("fit-dip --image {d}/photo.png --task denoise:nan", "--task"),
+    ("fit-dip --image {d}/photo.png --task denoise", "--task"),
+    ("fit-dip --image {d}/photo.png --task inpaint:1", "--task"),
+    ("fit-dip --image {d}/photo.png --task superres:5", "--task"),
+    ("fit-dip --image {d}/one.png --task denoise --observed", "--task"),
+    ("fit-dip --image {d}/photo.png --task inpaint --observed", "--mask"),
+    ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/small_mask.png", "--mask"),
+    ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/black_mask.png", "--mask"),
+    ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/missing.png", "--mask"),
+    ("fit-dip --image {d}/photo.png --iters 0", "--iters"),
+    ("fit-dip --image {d}/photo.png --lr nan", "--lr"),
+    ("fit-dip --image {d}/photo.png --size 0", "--size"),
+    ("fit-dip --image {d}/photo.png --method magic", "--method"),
+    ("fit-dip --image {d}/photo.png --out {d}/file/below", "--out"),
+    ("fit-dip --image {d}/photo.png --method adapt --ckpt {d}/cut.pt", "--ckpt"),
+    ("fit-dip --nonsense", "--nonsense"),
+    ("fit-dip --image {d}/photo.png --lr 10 --iters 60", "--lr"),
+    ("train --data {d}/empty", "--data"),
+    ("train --data {d}/texts", "--data"),
+    ("train --data {d}/missing", "--data"),
+    ("train --data {d}/floats.npz", "--data"),
+    ("train --resume --out {d}/nothing", "--resume"),
+    ("train --steps 0", "--steps"),
+    ("train --prior dip --t-max 2000", "--t-max"),
+    ("sample --init dip --image {d}/photo.png --ckpt {d}/missing.pt", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --ckpt {d}/cut.pt", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --ckpt {d}/text.png", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --ckpt {d}/other_shape.pt", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --ckpt {d}/list.pt", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --ckpt {p}/grey/none.pt", "--ckpt"),
+    ("sample --init noise --image {d}/photo.png --ckpt {p}/dip.pt", "--ckpt"),
+    ("sample --init dip --image {d}/photo.png --start 0", "--start"),
+    ("sample --init dip --image {d}/photo.png --eta 2", "--eta"),
+    ("evaluate stopping --images {d}/empty", "--images"),
+]
+
+
+@pytest.mark.parametrize("line, flag", ERRORS, ids=[e[0] for e in ERRORS])
+def test_errors(bad, priors, line, flag, capsys, monkeypatch):
+    monkeypatch.chdir(bad)
+    if "--lr 10" in line:                       # a loss that overflows
+        monkeypatch.setattr(D, "masked_mean", lambda v, m: v.mean() * math.inf)
+    code = run(*line.format(d=bad, p=priors).split())
+    err = capsys.readouterr().err
+    assert code == 2 and flag in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not os.path.exists(bad / "runs" / "fit-dip" / "result.png")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
+def test_missing_device(capsys):
+    assert run("fit-dip", "--device", "cuda") == 2 and "--device" in capsys.readouterr().err
+
+
+# ---- the file itself
+
+
+def test_imports_are_the_promised_ones():
+    tree = ast.parse(open(D.__file__).read())
+    names = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
+             for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert names <= {"torch", "numpy", "PIL"} | set(sys.stdlib_module_names)
+
+
+def test_the_file_keeps_its_size():
+    lines = open(D.__file__).read().split("\n")
+    assert len(lines) <= 1200 and max(map(len, lines)) <= 100
