@@ -25,12 +25,9 @@ import csv
 import functools
 import glob
 import io
-import itertools
 import json
 import math
-import operator
 import os
-import re
 import signal
 import sys
 import time
@@ -45,7 +42,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-DIP_ITERS, BRIEF_ITERS, ADAPT_ITERS = 2000, 300, 200    # fit-dip; before a DDPM; from a DDPM
+DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
+BRIEF_ITERS, ADAPT_ITERS = 250, 200                     # before a DDPM; from a DDPM
 TRAIN_STEPS, TRAIN_TIME = 2000, "about 4 minutes"       # of the default prior, on two CPU cores
 OBSERVE, FIT, SAMPLE, TRAIN = range(4)                  # what a random stream is for
 
@@ -55,17 +53,14 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(4 * seed + purpose)
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. The diffusion process (Ho et al. 2020, sections 2 and 3)
+# ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
 
 
 class NoiseSchedule:
     """The variance schedule of a DDPM; t runs over 0..T and t = 0 is the clean image.
 
-    Args: T, number of steps (>= 1); kind, 'linear' (Ho et al. 2020: beta 1e-4..0.02, rescaled
-    by 1000/T) or 'cosine' (Nichol & Dhariwal 2021, eq. 17).
-    Attributes: betas, abar, sigma: float64 tensors of length T+1; beta_0 = 0, abar_0 = 1.
-    Raises ValueError for another kind.
+    kind: 'linear' (Ho et al. 2020: beta 1e-4..0.02, rescaled by 1000/T) or 'cosine' (Nichol &
+    Dhariwal 2021, eq. 17), else ValueError. betas, abar, sigma: float64 of length T+1.
     """
 
     def __init__(self, T: int = 1000, kind: str = "linear"):
@@ -82,38 +77,42 @@ class NoiseSchedule:
         self.abar = torch.cumprod(1 - self.betas, 0)
         self.sigma = ((1 - self.abar) / self.abar).sqrt()
 
-    def first_t(self, sigma: float) -> int:
-        """Smallest t in 1..T with sigma_t >= sigma (T if there is none)."""
-        return min(max(int(torch.searchsorted(self.sigma, sigma)), 1), self.T)
+    def start_t(self, risk: float, c: float = 1.0) -> int:
+        """Where reverse diffusion starts: the smallest t0 >= 1 with sigma_t0 >= c sqrt(risk).
+
+        Then KL(q(x_t0 | x) || q(x_t0 | xhat)) = SNR_t0 |x - xhat|^2 / 2 <= 1 / (2 c^2) a pixel.
+        """
+        t = int(torch.searchsorted(self.sigma, c * math.sqrt(max(risk, 0))))
+        return min(max(t, 1), self.T)
 
 
-def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """values[t] (t int64, N) as N x 1 x 1 x 1, float32, on the device of `like`."""
-    return values[t.cpu()].to(like.device, torch.float32).view(-1, 1, 1, 1)
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Float64 coefficients (N) as N x 1 x 1 x 1 float32 on the device of `like`."""
+    return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t ~ q(x_t | x0) (Ho et al. eq. 4): x0, eps N x C x H x W; t int64 of length N."""
-    abar = at(schedule.abar, t, x0)
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    abar = schedule.abar[t.cpu()]
+    return column(abar.sqrt(), x0) * x0 + column((1 - abar).sqrt(), x0) * eps
 
 
 def predict_x0(schedule: NoiseSchedule, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """The x0 that x_t and eps imply (Ho et al. eq. 15); inverts q_sample."""
-    abar = at(schedule.abar, t, xt)
-    return (xt - (1 - abar).sqrt() * eps) / abar.sqrt()
+    abar = schedule.abar[t.cpu()]
+    return column(abar.rsqrt(), xt) * xt - column((1 / abar - 1).sqrt(), xt) * eps
 
 
 def q_posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> tuple:
     """Mean (N x C x H x W), variance (N x 1 x 1 x 1) of q(x_{t-1} | x_t, x0), Ho eq. 6, 7."""
-    beta, abar, prev = (at(v, s, xt) for v, s in (
-        (schedule.betas, t), (schedule.abar, t), (schedule.abar, t - 1)))
-    mean = (prev.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - prev) * xt) / (1 - abar)
-    return mean, beta * (1 - prev) / (1 - abar)
+    t = t.cpu()
+    beta, abar, prev = schedule.betas[t], schedule.abar[t], schedule.abar[t - 1]
+    mean = (column(prev.sqrt() * beta / (1 - abar), xt) * x0
+            + column((1 - beta).sqrt() * (1 - prev) / (1 - abar), xt) * xt)
+    return mean, column(beta * (1 - prev) / (1 - abar), xt)
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The two networks
+# ---- 2. The two networks ----------------------------------------------------------------------
 
 
 def pad_to(x: Tensor, multiple: int) -> Tensor:
@@ -135,7 +134,7 @@ class SkipNet(nn.Module):
     """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 121k parameters.
 
     forward(x, sigma=None): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma,
-    the noise level of x, is not used: it is there for X0Denoiser, which may take its place.
+    the noise level of x, is not used: it is there for a Prior, which may take its place.
     """
 
     def __init__(self, cin: int = 3, cout: int = 3, width: int = 32, depth: int = 4,
@@ -167,13 +166,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([args.cos(), args.sin()], 1)
 
 
-def conv3(cin: int, cout: int, zero: bool = False) -> nn.Conv2d:
-    """A 3 x 3 convolution; with zero weights a fresh residual branch starts as the identity."""
-    conv = nn.Conv2d(cin, cout, 3, padding=1)
-    if zero:
-        nn.init.zeros_(conv.weight)
-        nn.init.zeros_(conv.bias)
-    return conv
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -182,7 +175,8 @@ class ResBlock(nn.Module):
     def __init__(self, cin: int, cout: int, emb: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, cin), conv3(cin, cout)
-        self.norm2, self.conv2 = nn.GroupNorm(8, cout), conv3(cout, cout, zero=True)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), conv3(cout, cout)
+        nn.init.zeros_(self.conv2.weight)           # a fresh block is the identity
         self.emb = nn.Linear(emb, 2 * cout)
         self.short = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -197,13 +191,11 @@ class Attention(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm, self.qkv, self.proj = nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1), conv3(
-            c, c, zero=True)
+        self.norm, self.heads = nn.GroupNorm(8, c), nn.MultiheadAttention(c, 1, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, 2)   # N x HW x C
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.transpose(1, 2).reshape(x.shape))
+        h = self.norm(x).flatten(2).transpose(1, 2)                          # N x HW x C
+        return x + self.heads(h, h, h)[0].transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -230,7 +222,8 @@ class UNet(nn.Module):
             self.dec.append(nn.ModuleList(
                 [ResBlock(w if i else c + w, w, emb) for i in range(blocks)]))
             c = w
-        self.norm, self.out = nn.GroupNorm(8, c), conv3(c, channels * fold ** 2, zero=True)
+        self.norm, self.out = nn.GroupNorm(8, c), conv3(c, channels * fold ** 2)
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h, w = x.shape[-2:]
@@ -251,33 +244,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.fold)[..., :h, :w]
 
 
-@dataclass
-class Prior:
-    """A trained DDPM: its network, its schedule, the largest t it knows, and r_t^2 (T+1)."""
-
-    model: nn.Module
-    schedule: NoiseSchedule
-    t_max: int
-    r2: Tensor
-
-
-class X0Denoiser(nn.Module):
-    """A DDPM as a plain denoiser: z = x + noise of level sigma -> x0 (`adapt` fine-tunes it)."""
-
-    def __init__(self, prior: Prior):
-        super().__init__()
-        self.model, self.schedule, self.t_max = prior.model, prior.schedule, prior.t_max
-
-    def forward(self, z: Tensor, sigma: float) -> Tensor:
-        t = torch.full((len(z),), min(self.schedule.first_t(sigma), self.t_max), device=z.device)
-        xt = at(self.schedule.abar, t, z).sqrt() * z
-        return predict_x0(self.schedule, xt, t, self.model(xt, t))
-
-
-# ---------------------------------------------------------------------------------------------
-# 3. Training the DDPM (Ho et al. Algorithm 1)
-
-BINS = 32                       # the running eps-loss is kept in this many bins of t
+BINS = 32                       # the running eps-loss of training is kept in this many bins of t
 
 
 def loss_bin(t: Tensor, t_max: int) -> Tensor:
@@ -285,13 +252,28 @@ def loss_bin(t: Tensor, t_max: int) -> Tensor:
     return (t - 1).clamp(0, t_max - 1) * BINS // t_max
 
 
-def error_variance(schedule: NoiseSchedule, eps_loss: Tensor, t_max: int) -> Tensor:
-    """r_t^2 = sigma_t^2 L_t, the DDPM's mean squared error of x0 at each t (length T+1).
+class Prior(nn.Module):
+    """A trained DDPM: network, schedule, the largest t it knows, its running eps-loss L by bin.
 
-    Since x0_pred - x0 = -sigma_t (eps_pred - eps); eps_loss is the running loss L by bin.
+    r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0 at t = 0..T, since
+    x0_pred - x0 = -sigma_t (eps_pred - eps). forward(z, sigma): as a plain denoiser,
+    z = x + noise of level sigma to x0; `adapt` fine-tunes this.
     """
-    return schedule.sigma ** 2 * eps_loss.double()[loss_bin(torch.arange(schedule.T + 1), t_max)]
 
+    def __init__(self, model: nn.Module, schedule: NoiseSchedule, t_max: int, eps_loss: Tensor):
+        super().__init__()
+        self.model, self.schedule, self.t_max = model, schedule, t_max
+        bins = loss_bin(torch.arange(schedule.T + 1), t_max)
+        self.r2 = schedule.sigma ** 2 * eps_loss.double()[bins]
+
+    def forward(self, z: Tensor, sigma: float) -> Tensor:
+        t = min(self.schedule.start_t(sigma ** 2), self.t_max)
+        t = torch.full((len(z),), t, device=z.device)
+        xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * z
+        return predict_x0(self.schedule, xt, t, self.model(xt, t))
+
+
+# ---- 3. Training the DDPM (Ho et al. Algorithm 1) ---------------------------------------------
 
 def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -> Tensor:
     """Random flipped crops of uint8 C x H x W images: batch x C x patch x patch in [-1, 1]."""
@@ -337,8 +319,7 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
         yield error.mean().item()
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Sampling: the reverse process from any (x_t, t)
+# ---- 4. Sampling: the reverse process from any (x_t, t) ---------------------------------------
 
 
 def noise(shape: torch.Size, gens: list) -> Tensor:
@@ -388,8 +369,7 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
     return xt
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Tasks: y = A x + sigma n with A = mask o (s x s mean)
+# ---- 5. Tasks: y = A x + sigma n with A = mask o (s x s mean) ---------------------------------
 
 
 @dataclass
@@ -451,8 +431,7 @@ def estimate_sigma(y: Tensor) -> float:
     return (band / 2).abs().median().item() / 0.6745
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. The DIP: one loop, two switches (input, target); the ladder of noise; when to stop
+# ---- 6. The DIP: one loop, two switches (input, target); the ladder of noise; when to stop ----
 
 METHODS = {                 # input of the network, target of the loss
     "staged": ("observed", "conjugate"),   # ours: the pair z1, z2, noise falling from rung to rung
@@ -478,7 +457,7 @@ class HeldOut:
     """
 
     def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25,
-                 share: float = 0.05):
+                 share: float = 0.1):
         w = torch.randn(y.shape, generator=gen).to(y)
         self.y, self.val_y = y + a * task.sigma * w, y - task.sigma / a * w
         self.bias = task.sigma ** 2 * (1 + (w ** 2).mean().item() / a ** 2)
@@ -501,18 +480,17 @@ class StopRule:
 
     holdout: the held-out risk. wmv, emv: the moving variance of the outputs, in a window or
     exponential (Wang et al. 2023, Algorithms 1, 2). fixed: minus the iteration: newest is best.
-    update() returns True when `output` is the best so far; `done`: patience has run out.
     """
 
     def __init__(self, kind: str, patience: int = 1000, window: int = 100, alpha: float = 0.1):
         self.kind, self.patience, self.window, self.alpha = kind, patience, window, alpha
-        self.score, self.best, self.best_k, self.done = math.inf, math.inf, 0, False
+        self.best, self.best_k, self.done, self.score = math.inf, 0, False, math.inf
         self.outputs, self.mean, self.square, self.var = deque(), 0.0, 0.0, 0.0
 
     def update(self, k: int, output: Tensor, risk: float) -> bool:
+        """True when `output` of iteration k is the best so far; sets done: patience has run out."""
         if self.kind in ("wmv", "emv"):
-            variance = self.windowed if self.kind == "wmv" else self.exponential
-            self.score = variance(output.double())
+            self.score = self.moving_variance(output.double())
         else:
             self.score = risk if self.kind == "holdout" else -float(k)
         better = self.score < self.best
@@ -521,44 +499,35 @@ class StopRule:
         self.done = k - self.best_k >= self.patience
         return better
 
-    def windowed(self, output: Tensor) -> float:
-        """Mean over pixels of the variance of the last `window` outputs; inf before that many."""
-        self.outputs.append(output)
-        self.mean, self.square = self.mean + output, self.square + output ** 2
-        if len(self.outputs) > self.window:
-            old = self.outputs.popleft()
-            self.mean, self.square = self.mean - old, self.square - old ** 2
-        n = len(self.outputs)
-        return (self.square / n - (self.mean / n) ** 2).mean().item() if n == self.window else math.inf
-
-    def exponential(self, output: Tensor) -> float:
-        """EMV <- (1 - alpha) (EMV + alpha |output - EMA|^2), EMA <- EMA + alpha (output - EMA)."""
-        if isinstance(self.mean, float):
-            self.mean = output
-            return math.inf                                  # one output has no variance yet
-        delta = output - self.mean
-        self.var = (1 - self.alpha) * (self.var + self.alpha * (delta ** 2).mean().item())
-        self.mean = self.mean + self.alpha * delta
-        return self.var
+    def moving_variance(self, output: Tensor) -> float:
+        """Mean over pixels of the variance of the outputs so far; inf while there are too few."""
+        if self.kind == "wmv":                      # of the last `window`, by running sums
+            old = self.outputs.popleft() if len(self.outputs) == self.window else 0 * output
+            self.outputs.append(output)
+            self.mean = self.mean + (output - old) / self.window
+            self.square = self.square + (output ** 2 - old ** 2) / self.window
+            full = len(self.outputs) == self.window
+            return (self.square - self.mean ** 2).mean().item() if full else math.inf
+        delta, first = output - self.mean, not torch.is_tensor(self.mean)
+        self.mean = output if first else self.mean + self.alpha * delta
+        self.var = 0.0 if first else (1 - self.alpha) * (
+            self.var + self.alpha * (delta ** 2).mean().item())
+        return math.inf if first else self.var
 
 
 @dataclass
 class FitStep:
-    """What fit_dip yields after an iteration; images 1 x C x H x W, detached.
+    """What fit_dip yields after each iteration; images 1 x C x H x W, detached."""
 
-    k of iters iterations; s, the rung; output of this iteration; average, the exponential one of
-    the outputs; risk R of the average (nan where nothing is held out); best, the answer so far.
-    """
-
-    k: int
-    iters: int
-    s: float
+    k: int                  # iterations done
+    iters: int              # and planned
+    s: float                # the rung
     loss: float
-    output: Tensor
-    average: Tensor
-    risk: float
-    best: Tensor
-    best_k: int
+    output: Tensor          # of this iteration
+    average: Tensor         # exponential average of the outputs
+    risk: float             # R of the average; nan where nothing is held out
+    best: Tensor            # the answer so far
+    best_k: int             # and its iteration
 
 
 def turned(x: Tensor, g: int, back: bool = False) -> Tensor:
@@ -585,10 +554,10 @@ def network_io(method: str, y: Tensor, task: Task, estimate: Tensor, fixed: Tens
     (source, aim), w = METHODS[method], torch.randn(estimate.shape, generator=gen).to(y)
     if source == "fixed":
         z, level = fixed + torch.randn(fixed.shape, generator=gen).to(y) / 30, 1 / 30
-    elif source == "estimate":
+    elif source == "observed" and task.sigma > 0:
+        z, level = task.project(estimate, y) + s * w, math.hypot(s, task.sigma)              # z1
+    else:                                                   # no noise in y to be told from w
         z, level = estimate + s * w, s
-    else:                                       # z1 = y + s w; where y says nothing, the estimate
-        z, level = task.project(estimate, y) + s * w, math.hypot(s, task.sigma)
     if aim == "conjugate" and task.sigma > 0:
         return z, level, y - task.sigma ** 2 / s * task.forward(w)                           # z2
     return z, level, y + s * task.forward(w) if aim == "noisy" else y
@@ -598,8 +567,8 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, 
             levels: list, average: Tensor, k: int, gen: torch.Generator) -> Iterator[tuple]:
     """Down the ladder, one Adam step a level, after k steps; yields (k, s, loss, output, average).
 
-    The outputs' exponential average is the answer, and at each new rung it becomes the estimate
-    from which the next inputs are made.
+    The average of the outputs (exponential, over a tenth of the steps, 100 at most) is the answer;
+    at each new rung it becomes the estimate from which the next inputs are made.
     """
     fixed = torch.rand((1, 32, *average.shape[2:]), generator=gen).to(y) / 10
     lr, rung, estimate = opt.param_groups[0]["lr"], None, average
@@ -607,7 +576,8 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, 
         if s != rung:
             rung, estimate = s, average
         z, level, target = network_io(method, y, task, estimate, fixed, s, gen)
-        g = int(torch.randint(8, (), generator=gen)) if METHODS[method][1] == "conjugate" else 0
+        turns = 8 if METHODS[method][1] == "conjugate" and task.sigma > 0 else 1
+        g = int(torch.randint(turns, (), generator=gen))
         z = turned(z, g).contiguous(memory_format=torch.channels_last)
         output = turned(net(z, level), g, back=True)
         loss = masked_mean((task.forward(output) - target) ** 2, task.mask)
@@ -617,13 +587,13 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, 
         loss.backward()
         opt.param_groups[0]["lr"] = lr * min(1, k / 50)
         opt.step()
-        output = task.project(output.detach(), y) if task.sigma == 0 else output.detach()
-        average = output if k <= 20 else average.lerp(output, 0.01)
-        yield k, s, loss.item(), output, average
+        average = average.lerp(output.detach(), max(0.01, min(1, 5 / k)))
+        average = task.project(average, y) if task.sigma == 0 else average
+        yield k, s, loss.item(), output.detach(), average
 
 
 def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str = "staged",
-            stop: str = "holdout", iters: int = DIP_ITERS, lr: float = 0.01, width: int = 32,
+            stop: str = "holdout", iters: int = 1000, lr: float = 0.01, width: int = 32,
             depth: int = 4, patience: int = 500, tail: float = 0.25,
             seed: int = 0) -> Iterator[FitStep]:
     """Fit a network to the one observation y (1 x C x h x w, y = A x + sigma n); yield each step.
@@ -663,16 +633,7 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
         yield FitStep(k, rule.best_k + len(levels), s, loss, output, best, rule.best, best, k)
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Joining the two
-
-
-def start_t(schedule: NoiseSchedule, risk: float, c: float = 1.0) -> int:
-    """Where reverse diffusion starts: the smallest t0 whose noise hides the DIP's error.
-
-    sigma_t0 >= c sqrt(R), so that KL(q(x_t0 | x) || q(x_t0 | xhat)) <= 1 / (2 c^2) a pixel.
-    """
-    return schedule.first_t(c * math.sqrt(max(risk, 0)))
+# ---- 7. Joining the two -----------------------------------------------------------------------
 
 
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float, y: Tensor,
@@ -708,8 +669,7 @@ def reverse(prior: Prior, y: Tensor, task: Task, start: Tensor, t0: int, *,
     return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, refine)
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. Metrics
+# ---- 8. Metrics -------------------------------------------------------------------------------
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
@@ -744,8 +704,7 @@ def quality(xhat: Tensor, x: Tensor | None) -> tuple:
     return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if min(x.shape[-2:]) >= 11 else None
 
 
-# ---------------------------------------------------------------------------------------------
-# 9. Files, figures, progress
+# ---- 9. Files, figures, progress --------------------------------------------------------------
 
 
 def fail(message: str):
@@ -755,19 +714,21 @@ def fail(message: str):
 
 
 def save(path: str, data):
-    """Write a whole file or nothing: image -> PNG, list of dicts -> CSV, dict -> JSON, str, or a
-    checkpoint (.pt), into a temporary file beside it that os.replace then moves."""
+    """Write all of a file or nothing: image to PNG, list of dicts to CSV, dict to JSON or .pt."""
     buffer = io.BytesIO()
     if isinstance(data, Image.Image):
         data.save(buffer, "PNG")
     elif path.endswith(".pt"):
         torch.save(data, buffer)
     elif isinstance(data, list):
-        table = [data[0].keys()] + [row.values() for row in data] if data else []
-        buffer.write("".join(",".join(map(str, line)) + "\n" for line in table).encode())
+        text = io.TextIOWrapper(buffer, "utf-8", newline="", write_through=True)
+        table = csv.DictWriter(text, data[0] if data else (), lineterminator="\n")
+        table.writeheader()
+        table.writerows(data)
     else:
         buffer.write((data if isinstance(data, str) else json.dumps(data, indent=1)).encode())
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
             f.write(buffer.getbuffer())
         os.replace(path + ".tmp", path)
@@ -811,19 +772,21 @@ def photos(folder: str, flag: str) -> list:
     return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
 
 
-def figure(panels: list) -> Image.Image:
-    """Pictures in up to 6 columns: panels are (1 x C x H x W tensor, title, line below)."""
-    h, w = panels[0][0].shape[-2:]
+def figure(panels: list, x: Tensor | None = None) -> Image.Image:
+    """Pictures in up to 6 columns: (title, 1 x C x H x W); below each its PSNR to the clean x."""
+    h, w = panels[0][1].shape[-2:]
     zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
     w, h, gap, bar = w * zoom, h * zoom, 8, 26
     rows = -(-len(panels) // columns)
     page = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + 2 * bar) + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(9, min(17, w // 13)))
-    for i, (x, title, below) in enumerate(panels):
+    for i, (title, image) in enumerate(panels):
         left, top = gap + i % columns * (w + gap), gap + i // columns * (h + 2 * bar)
-        page.paste(to_image(x).convert("RGB").resize((w, h), Image.NEAREST), (left, top + bar))
+        page.paste(to_image(image).convert("RGB").resize((w, h), Image.NEAREST), (left, top + bar))
         draw.text((left + w / 2, top + bar / 2), title, "black", font, anchor="mm")
-        draw.text((left + w / 2, top + h + bar * 1.5), below, "dimgrey", font, anchor="mm")
+        if x is not None and image is not x:
+            below = f"{quality(image, x)[0]:.2f} dB"
+            draw.text((left + w / 2, top + h + bar * 1.5), below, "dimgrey", font, anchor="mm")
     return page
 
 
@@ -835,12 +798,13 @@ class Progress:
 
     def __init__(self, what: str, steps: Iterator):
         self.what, self.steps, self.stopped = what, steps, False
-        self.start, self.shown = time.monotonic(), 0.0
+        self.start, self.shown, self.seconds = time.monotonic(), 0.0, 0.0
 
     def __iter__(self):
         before = signal.signal(signal.SIGINT, self.stop)
         try:
             for step in self.steps:
+                self.seconds = time.monotonic() - self.start
                 yield step
                 if self.stopped:
                     break
@@ -851,62 +815,14 @@ class Progress:
         self.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
     def show(self, k: int, n: int, text: str):
-        now = time.monotonic()
-        if sys.stdout.isatty() and (now - self.shown > 0.5 or k >= n):
-            self.shown, rate = now, k / max(now - self.start, 1e-9)
+        if sys.stdout.isatty() and (self.seconds - self.shown > 0.5 or k >= n):
+            self.shown, rate = self.seconds, k / max(self.seconds, 1e-9)
             line = f"{self.what} {k}/{n}  {rate:.1f}/s  {(n - k) / rate:.0f} s left  {text}"
             print("\r" + line[:110].ljust(110), end="\n" if k >= n else "", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# 10. The observation: a photo degraded here, or one that the user already has
-
-
-def observe(args: argparse.Namespace, path: str, text: str) -> tuple:
-    """(clean x or None, observation y, Task) of one photo, tensors 1 x C x h x w, args.device."""
-    name, value = parse_task(text)
-    scale = int(value) if name == "superres" and not args.observed else 1
-    image = load_image(path)
-    if args.halve:
-        image = F.avg_pool2d(image, 2)
-    h, w = (min(n, args.size or n) // scale * scale for n in image.shape[2:])
-    if min(h, w) == 0:
-        fail(f"--image: {path} is too small for {text}: it needs {scale} pixels a side")
-    top, left = (image.shape[2] - h) // 2, (image.shape[3] - w) // 2
-    image = image[..., top:top + h, left:left + w].contiguous().to(args.device)
-    if name == "denoise" and value is None:
-        value = estimate_sigma(image) * 127.5 if args.observed else 0.0
-        if value < 0.1:
-            fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
-    task = Task(text)
-    if name == "denoise":
-        task = Task(f"denoise:{value:.3g}", sigma=from_8bit(value))
-    elif name == "superres":
-        task.scale = int(value)
-    else:
-        task.mask = known_pixels(args, value, image).to(args.device)
-    if args.observed:
-        return None, image if task.mask is None else image * task.mask, task
-    y = task.forward(image)
-    n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
-    return image, y + task.sigma * n, task
-
-
-def parse_task(text: str) -> tuple:
-    """'denoise:25' to ('denoise', 25.0); no number gives None."""
-    name, _, number = text.partition(":")
-    value = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else None
-    good = {"denoise": number == "" or value is not None and 0 < value <= 255,
-            "inpaint": number == "" or value is not None and 0 < value < 1,
-            "superres": value in (2, 3, 4, 6, 8)}
-    if not good.get(name):
-        fail(f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
-             "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
-    return name, value
+# ---- 10. The observation: a photo degraded here, or one that the user already has -------------
 
 
 def from_8bit(sigma: float) -> float:
@@ -914,150 +830,172 @@ def from_8bit(sigma: float) -> float:
     return 2 * sigma / 255
 
 
+def parse_task(text: str) -> tuple:
+    """'denoise:25' to ('denoise', 25.0); without a number, None."""
+    name, _, number = text.partition(":")
+    try:
+        value = float(number) if number else None
+    except ValueError:
+        value = math.nan
+    good = {"denoise": value is None or 0 < value <= 255,
+            "inpaint": value is None or 0 < value < 1, "superres": value in (2, 3, 4, 6, 8)}
+    return (name, value) if good.get(name) else fail(
+        f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
+        "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
+
+
+def observe(args: argparse.Namespace, path: str, text: str) -> tuple:
+    """(clean x or None, observation y, Task) of one photo; tensors 1 x C x h x w, args.device."""
+    (name, value), image = parse_task(text), load_image(path)
+    scale = int(value) if name == "superres" else 1
+    image, unit = F.avg_pool2d(image, 2) if args.halve else image, 1 if args.observed else scale
+    h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
+    if min(h, w) == 0:
+        fail(f"--image: {path} is too small for --task {text}: it needs {unit} pixels a side")
+    top, left = (image.shape[2] - h) // 2, (image.shape[3] - w) // 2
+    image = image[..., top:top + h, left:left + w].contiguous().to(args.device)
+    if name == "denoise" and value is None:
+        value = estimate_sigma(image) * 127.5 if args.observed else 0.0
+        if value < 0.01:
+            fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
+        text = f"denoise:{value:.3g}"
+    mask = known_pixels(args, value, image) if name == "inpaint" else None
+    task = Task(text, from_8bit(value) if name == "denoise" else 0.0, scale, mask)
+    if args.observed:
+        return None, image if mask is None else image * mask, task
+    y = task.forward(image)
+    n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
+    return image, y + task.sigma * n, task
+
+
 def known_pixels(args: argparse.Namespace, share: float | None, image: Tensor) -> Tensor:
     """The mask of inpaint, 1 x 1 x h x w: from --mask, or random with `share` missing."""
     if args.mask:
         mask = (load_image(args.mask, "--mask").mean(1, keepdim=True) > 0).float()
         if mask.shape[2:] != image.shape[2:]:
-            fail(f"--mask: {args.mask} has {mask.shape[3]}x{mask.shape[2]} pixels and the image "
+            fail(f"--mask: {args.mask} is {mask.shape[3]}x{mask.shape[2]}, the image "
                  f"{image.shape[3]}x{image.shape[2]}; make them of one size (white = known)")
     elif share is None or args.observed:
-        fail("--mask: inpaint needs a picture of the known pixels (white), or a share to take away "
-             "from a clean photo (--task inpaint:0.8)")
+        fail("--mask: inpaint needs a picture of the known pixels (white), or --task inpaint:0.8")
     else:
         u = torch.rand((1, 1, *image.shape[2:]), generator=stream(args.seed, OBSERVE))
         mask = (u >= share).float()
-    return mask if mask.any() else fail("--task, --mask: no pixel is known; leave some")
+    return mask.to(image) if mask.any() else fail("--task, --mask: no pixel is known; leave some")
 
 
-# ---------------------------------------------------------------------------------------------
-# 11. The commands
+# ---- 11. The commands -------------------------------------------------------------------------
 
 
-def banner(args: argparse.Namespace, text: str):
-    """What was chosen, in one line."""
-    print(f"{args.command}: {text} | {args.device}, {torch.get_num_threads()} threads, "
-          f"seed {args.seed} -> {args.out}", flush=True)
-
-
-def run_fit(y: Tensor, task: Task, x: Tensor | None, net: nn.Module | None,
-            options: dict) -> tuple:
-    """Fit, show progress, log every 20 iterations; Ctrl-C keeps the best so far.
+def run_fit(args: argparse.Namespace, y: Tensor, task: Task, x: Tensor | None,
+            net: nn.Module | None) -> tuple:
+    """fit_dip as the flags say, with progress and a log; Ctrl-C keeps the best so far.
 
     Returns (last FitStep, log rows, seconds, interrupted). Only the log reads the clean x.
     """
+    iters, lr = (ADAPT_ITERS, 5e-4) if args.method == "adapt" else (
+        BRIEF_ITERS if args.init else DIP_ITERS[task.sigma > 0], 0.01)
+    options = dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
+                   width=args.width or 32, depth=args.depth, seed=args.seed)
     rows, steps = [], Progress("DIP", fit_dip(y, task, net, **options))
     try:
         for last in steps:
             if last.k % 20 == 0 or last.k <= 1:
                 p, q = quality(last.average, x)
-                rows.append(dict(iter=last.k, seconds=round(steps.seconds(), 2), s=last.s * 127.5,
+                rows.append(dict(iter=last.k, seconds=round(steps.seconds, 2), s=last.s * 127.5,
                                  loss=last.loss, risk=last.risk, psnr=p, ssim=q))
                 steps.show(last.k, last.iters, f"noise {last.s * 127.5:.0f}/255" + (
                     f", PSNR {p:.2f}" if x is not None else ""))
     except FloatingPointError as e:
         fail(f"--lr: {e}; lower it")
-    return last, rows, steps.seconds(), steps.stopped
-
-
-def fit_options(args: argparse.Namespace) -> dict:
-    """The keyword arguments of fit_dip that the flags ask for."""
-    iters = DIP_ITERS if args.init is None else BRIEF_ITERS
-    lr, iters = (5e-4, ADAPT_ITERS) if args.method == "adapt" else (0.01, iters)
-    return dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
-                width=args.width or 32, depth=args.depth, seed=args.seed)
+    return last, rows, steps.seconds, steps.stopped
 
 
 def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
             prior: Prior | None) -> dict:
-    """What fit-dip (init None) and sample do with one observation: DIP, then reverse diffusion.
+    """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both.
 
-    Returns the images (start, samples, image: the answer), log rows and metrics; x is only for
-    the metrics.
+    Returns the answer `image`, all `samples`, the DIP's output or None, log rows and metrics.
     """
-    start, guide, rows, stopped = task.interpolate(y), None, [], False
-    m = dict(psnr=None, ssim=None, psnr_observed=quality(start, x)[0], seconds=0.0, iters=0,
-             stop_iter=0, risk=math.nan, sigma=task.sigma * 127.5, seconds_dip=0.0)
+    seen, dip, rows, risk, stopped = task.interpolate(y), None, [], None, False
+    m = dict(psnr=None, ssim=None, psnr_observed=quality(seen, x)[0], sigma=task.sigma * 127.5,
+             iters=0, stop_iter=0, seconds_dip=0.0, seconds_ddpm=0.0)
     if args.init in (None, "dip"):
-        net = X0Denoiser(prior) if args.method == "adapt" else None
-        last, rows, seconds, stopped = run_fit(y, task, x, net, fit_options(args))
-        start = last.best
-        m |= dict(iters=last.k, stop_iter=last.best_k, risk=last.risk, seconds_dip=seconds,
-                  psnr_dip=quality(start, x)[0])
-        guide = None if args.no_guide else start
-    image, samples, begin = start, start, time.monotonic()
+        net = prior if args.method == "adapt" else None
+        last, rows, m["seconds_dip"], stopped = run_fit(args, y, task, x, net)
+        m |= dict(iters=last.k, stop_iter=last.best_k)
+        dip, risk = last.best, None if math.isnan(last.risk) else last.risk
+    image = samples = dip
     if args.init:
-        t0 = {"noise": 1000}.get(args.init, args.start)
-        if t0 == "auto":        # with no R to go by: the observation's noise, or 25/255 of blur
-            t0 = start_t(prior.schedule, m["risk"] if args.init == "dip" else max(
-                task.sigma, from_8bit(25)) ** 2)
+        begin, channels = time.monotonic(), prior.model.channels
+        guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
+        t0 = args.start or prior.schedule.start_t(guess)
+        t0 = prior.schedule.T if args.init == "noise" else t0
         if t0 > prior.t_max:
             print(f"start t0 {t0} lowered to {prior.t_max}, the most that this prior has learnt")
-        t0, channels = min(t0, prior.t_max), prior.model.channels
-        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (y, start, guide)]
-        samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=m["risk"],
+            t0 = prior.t_max
+        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (
+            y, seen if dip is None else dip, None if args.no_guide else dip)]   # grey to colour
+        samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=guess,
                           steps=args.steps, eta=args.eta, samples=args.samples, seed=args.seed)
-        if y.shape[1] < channels:                           # a colour prior on a grey image
-            samples = samples.mean(1, keepdim=True)
+        samples = samples.mean(1, keepdim=True) if y.shape[1] < channels else samples
         image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
         rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
-        m |= dict(psnr_mean=quality(image, x)[0], t0=t0, nfe=min(args.steps, t0),
-                  psnr_sample=None if x is None else sum(p for p, _ in each) / len(each),
-                  seconds_ddpm=time.monotonic() - begin, psnr_dip=m.get("psnr_dip"))
+        m |= dict(t0=t0, nfe=min(args.steps, t0), seconds_ddpm=time.monotonic() - begin,
+                  psnr_dip=None if dip is None else quality(dip, x)[0],
+                  psnr_mean=quality(image, x)[0],
+                  psnr_sample=None if x is None else sum(p for p, _ in each) / len(each))
     m["psnr"], m["ssim"] = quality(image, x)
-    m["seconds"] = m["seconds_dip"] + m.get("seconds_ddpm", 0.0)
-    return dict(start=start, samples=samples, image=image, rows=rows, metrics=m, stopped=stopped)
+    m |= dict(seconds=m["seconds_dip"] + m["seconds_ddpm"], risk=risk, task=task.name,
+              init=args.init, method=args.method, stop=args.stop, seed=args.seed)
+    return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=m, stopped=stopped)
+
+
+def prepare(args: argparse.Namespace) -> tuple:
+    """(clean x or None, y, Task, Prior or None) for fit-dip or sample, and unset flags filled in.
+
+    The unconditional grid is the restoration of an image of which no pixel was observed.
+    """
+    noise_init = args.init == "noise"
+    grid = noise_init and args.image is None and args.task is None
+    args.samples = args.samples or (16 if grid else 4)
+    args.steps = args.steps or (100 if noise_init else 20)
+    args.size = args.size or (128 if args.image is None else None)
+    args.image = args.image or os.path.join(HERE, "images", "test", "astronaut.png")
+    if not grid:
+        x, y, task = observe(args, args.image, args.task or (
+            "superres:4" if args.init else "denoise:25"))
+    prior = None
+    if args.init or args.method == "adapt":
+        prior = load_prior(args, "none" if noise_init else "dip", 1 if grid else y.shape[1])
+    if grid:
+        y = torch.zeros(1, prior.model.channels, args.size, args.size, device=args.device)
+        x, task = None, Task("grid", mask=torch.zeros_like(y[:, :1]))
+    return x, y, task, prior
 
 
 def cmd_restore(args: argparse.Namespace) -> int:
-    """fit-dip and sample. The grid of samples is the restoration of an image never observed."""
-    kind, prior, x = "none" if args.init == "noise" else "dip", None, None
-    grid = args.init == "noise" and args.image is None and args.task is None
-    args.samples = args.samples or (16 if grid else 4)
-    args.steps = args.steps or (100 if args.init == "noise" else 20)
-    image = args.image or os.path.join(HERE, "images", "test", "astronaut.png")
-    if grid:
-        prior = load_prior(args, kind, 1)
-        y = torch.zeros(1, prior.model.channels, args.size, args.size, device=args.device)
-        task = Task("unconditional grid", mask=torch.zeros_like(y[:, :1]))
-    else:
-        x, y, task = observe(args, image, args.task or (
-            "superres:4" if args.init else "denoise:25"))
-        if args.init or args.method == "adapt":
-            prior = load_prior(args, kind, y.shape[1])
-    name = "" if grid else os.path.basename(image) + " "
-    how = f"init {args.init}, {args.steps} steps, {args.samples} samples, {count(prior.model)}" if (
-        args.init) else f"{args.method}, stop {args.stop}"
-    banner(args, f"{name}{y.shape[3]}x{y.shape[2]} {task.name}, {how}")
+    """fit-dip and sample."""
+    x, y, task, prior = prepare(args)
+    how = f"{args.method}, stop {args.stop}" if not args.init else (
+        f"init {args.init}, {args.steps} steps, {args.samples} samples")
+    what = "" if task.name == "grid" else os.path.basename(args.image)
+    banner(args, f"{what} {y.shape[3]}x{y.shape[2]} {task.name}, {how}", prior)
     r = restore(args, x, y, task, prior)
-    seen, image = task.interpolate(y), r["image"]
-    panels = [titled("observed", seen, x)]
-    panels += [titled("DIP", r["start"], x)] if args.init in (None, "dip") else []
-    panels += [titled("DDPM, one sample", r["samples"][:1], x),
-               titled(f"mean of {args.samples}", image, x)] if args.init else []
-    panels += [] if x is None else [titled("clean", x, x)]
-    if grid:
-        panels = [(v[None], f"seed {args.seed + i}", "") for i, v in enumerate(r["samples"])]
-        image = torch.cat(list(r["samples"]), 2)[None]
-    metrics = r["metrics"] | dict(task=task.name, init=args.init, method=args.method,
-                                  stop=args.stop, seed=args.seed)
-    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-               for k, v in metrics.items()}
-    for file, data in (("result.png", to_image(image)), ("sample.png", to_image(r["samples"])),
-                       ("figure.png", figure(panels)), ("log.csv", r["rows"]),
-                       ("metrics.json", metrics)):
-        if args.init or file != "sample.png":
-            save(os.path.join(args.out, file), data)
-    numbers = [f"{k} {v:.2f}" for k, v in metrics.items()
+    panels = [("observed", task.interpolate(y)), ("DIP", r["dip"])]
+    panels += [("DDPM, one sample", r["samples"][:1]),
+               (f"mean of {args.samples}", r["image"])] if args.init else []
+    panels = [(title, v) for title, v in panels + [("clean", x)] if v is not None]
+    if task.name == "grid":
+        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(r["samples"])]
+        r["image"] = torch.cat(list(r["samples"]), 2)[None]
+    for name, data in (("result.png", to_image(r["image"])), ("sample.png", to_image(r["samples"])),
+                       ("figure.png", figure(panels, x)), ("log.csv", r["rows"]),
+                       ("metrics.json", r["metrics"])):
+        save(os.path.join(args.out, name), data)
+    numbers = [f"{k} {v:.2f}" for k, v in r["metrics"].items()
                if isinstance(v, float) and k.startswith(("psnr", "ssim", "seconds"))]
     print(", ".join(numbers), f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
     return 130 if r["stopped"] else 0
-
-
-def titled(title: str, image: Tensor, x: Tensor | None) -> tuple:
-    """A panel of figure: the image, its name, its PSNR where the clean x is known."""
-    p = quality(image, x)[0]
-    return image, title, "" if p is None or math.isinf(p) else f"{p:.2f} dB"
 
 
 def load_data(path: str, patch: int) -> tuple:
@@ -1069,21 +1007,20 @@ def load_data(path: str, patch: int) -> tuple:
     else:
         try:
             data = np.load(path, allow_pickle=False)
-            if not isinstance(data, np.ndarray):
-                data = data["images" if "images" in data else data.files[0]]
+            data = data if isinstance(data, np.ndarray) else data[data.files[0]]
             arrays = data[..., None] if data.ndim == 3 else data
             if data.dtype != np.uint8 or arrays.ndim != 4 or arrays.shape[3] not in (1, 3):
                 raise ValueError(f"it holds {data.dtype} of shape {data.shape}")
         except Exception as e:                          # numpy raises many kinds for bad files
-            fail(f"--data: {path}: {e}; give a folder of pictures, or an .npz/.npy of uint8 "
-                 "images N x H x W (x C)")
+            fail(f"--data: {path}: {e}; give a folder of pictures, or uint8 N x H x W (x C) first "
+                 "in an .npz or .npy")
     patch = min(patch, max(min(a.shape[:2]) for a in arrays))
-    arrays = [a for a in arrays if min(a.shape[:2]) >= patch]
-    return [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in arrays], patch
+    return [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in arrays
+            if min(a.shape[:2]) >= patch], patch
 
 
 def load_state(path: str, flag: str) -> dict:
-    """Read a checkpoint, or fail naming the flag."""
+    """Read a checkpoint (see cmd_train), or fail naming the flag."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         UNet(**state["config"]["unet"]).load_state_dict(state["ema"])
@@ -1102,28 +1039,26 @@ def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
         if main(["train", "--prior", kind, "--device", args.device.type]):
             raise KeyboardInterrupt
     state = load_state(path, "--ckpt")
-    c = state["config"]
-    if c["unet"]["channels"] < channels:
-        fail(f"--ckpt: {path} is a prior for grey images and the image has colour; train one on "
-             "colour photos, or give a grey image")
+    c, model = state["config"], UNet(**state["config"]["unet"]).to(args.device)
+    if model.channels < channels:
+        fail(f"--ckpt: {path} is a prior for grey images; train one on colour photos")
     if kind == "none" and c["t_max"] < c["T"]:
         fail(f"--ckpt: {path} knows only t <= {c['t_max']}, too little to start from noise; train "
              "with --prior none, or use --init dip")
-    model = UNet(**c["unet"]).to(args.device)
     model.load_state_dict(state["ema"])
     schedule = NoiseSchedule(c["T"], c["schedule"])
-    return Prior(model, schedule, c["t_max"],
-                 error_variance(schedule, state["eps_loss"], c["t_max"]))
+    return Prior(model, schedule, c["t_max"], state["eps_loss"])
 
 
-def new_state(args: argparse.Namespace, images: list, patch: int) -> dict:
+def new_state(args: argparse.Namespace, channels: int, patch: int) -> dict:
     """A checkpoint before its first step: a plain dict that weights_only=True can read."""
     schedule = NoiseSchedule(1000, args.schedule)
-    auto = start_t(schedule, from_8bit(50) ** 2) if args.prior == "dip" else schedule.T
-    unet = dict(channels=len(images[0]), width=args.width or 48, blocks=args.blocks,
+    t_max = args.t_max or (
+        schedule.start_t(from_8bit(50) ** 2) if args.prior == "dip" else schedule.T)
+    unet = dict(channels=channels, width=args.width or 48, blocks=args.blocks,
                 attention=args.attention)
     config = dict(unet=unet, T=schedule.T, schedule=args.schedule, prior=args.prior, patch=patch,
-                  t_max=args.t_max or auto, batch=args.batch, lr=args.lr or 1e-3, seed=args.seed)
+                  t_max=t_max, batch=args.batch, lr=args.lr or 1e-3, seed=args.seed)
     torch.manual_seed(args.seed)
     weights = UNet(**unet).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None,
@@ -1133,151 +1068,178 @@ def new_state(args: argparse.Namespace, images: list, patch: int) -> dict:
 def cmd_train(args: argparse.Namespace) -> int:
     path = os.path.join(args.out, f"{args.prior}.pt")
     images, patch = load_data(args.data, args.patch)
-    state = load_state(path, "--resume") if args.resume else new_state(args, images, patch)
-    c = state["config"]
-    if c["unet"]["channels"] != len(images[0]):
-        fail(f"--data: images of {len(images[0])} channels, and the checkpoint to resume has "
-             f"{c['unet']['channels']}; give its data, or train anew without --resume")
-    model, ema = (UNet(**c["unet"]).to(args.device) for _ in range(2))
-    model.load_state_dict(state["model"])
+    channels = len(images[0])
+    state = load_state(path, "--resume") if args.resume else new_state(args, channels, patch)
+    c, net, ema = state["config"], *(UNet(**state["config"]["unet"]) for _ in range(2))
+    if net.channels != channels:
+        fail(f"--data: images of {channels} channels, and the checkpoint has {net.channels}")
+    net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, {count(model)}, "
-                 f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}")
+    net, ema = net.to(args.device), ema.to(args.device)
+    banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, "
+                 f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}", net)
     rows, steps = [], Progress("DDPM", train_ddpm(
-        state, model, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
+        state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
     for loss in steps:
-        quarters = " ".join(f"{v:.3f}" for v in state["eps_loss"].view(4, -1).mean(1))
-        steps.show(state["step"], args.steps, f"loss by quarter of t: {quarters}")
+        step, quarters = state["step"], state["eps_loss"].view(4, -1).mean(1).tolist()
+        steps.show(step, args.steps, "loss by quarter of t: %.3f %.3f %.3f %.3f" % (*quarters,))
         if not math.isfinite(loss):
-            fail(f"--lr: the loss is not finite at step {state['step']}; lower it, or go on from "
-                 "the last whole checkpoint with --resume")
-        if state["step"] % 50 == 0 or state["step"] == args.steps:
-            rows.append(dict(step=state["step"], seconds=round(steps.seconds(), 1), loss=loss,
-                             loss_by_quarter_of_t=quarters))
-        if state["step"] % 500 == 0:
-            save(path, state | dict(model=model.state_dict(), ema=ema.state_dict()))
-    save(path, state | dict(model=model.state_dict(), ema=ema.state_dict()))
+            fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
+        if step % 50 == 0 or step == args.steps:
+            rows.append(dict(step=step, seconds=steps.seconds, loss=loss) | {
+                f"loss_quarter{i}": v for i, v in enumerate(quarters, 1)})
+        if step % 500 == 0 or step == args.steps or steps.stopped:
+            save(path, state | dict(model=net.state_dict(), ema=ema.state_dict()))
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
-        psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds(), step=state["step"],
+        psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds, step=state["step"],
         t_max=c["t_max"], eps_loss=state["eps_loss"].mean().item()))
-    print(f"{state['step']} steps in {steps.seconds():.0f} s -> {path}", flush=True)
+    print(f"{state['step']} steps in {steps.seconds:.0f} s -> {path}", flush=True)
     return 130 if steps.stopped else 0
 
 
-def count(net: nn.Module) -> str:
-    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+def banner(args: argparse.Namespace, text: str, net: nn.Module | None = None):
+    """What was chosen, in one line."""
+    size = f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters" if net else ""
+    print(f"{args.command}: {text}{size} | {args.device}, {torch.get_num_threads()} threads, "
+          f"seed {args.seed} -> {args.out}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# 12. Evaluation: the tables of README.md and report.md
+# ---- 12. Evaluation: the tables of README.md and report.md ------------------------------------
 
 
-def row(task: Task, arm: str, image: Tensor, x: Tensor, seconds: float, nfe: int = 0,
-        k: int = 0) -> dict:
-    """One line of a table; k is an iteration, or t0."""
-    p, q = quality(image, x)
-    return dict(task=task.name, arm=arm, psnr=p, ssim=q, seconds=round(seconds, 2), nfe=nfe, k=k)
-
-
-def suite_stopping(args: argparse.Namespace, path: str, text: str) -> list:
-    """The default fit against the classic DIP: at equal seconds, its stop rules, its oracle."""
-    x, y, task = observe(args, path, text)
-    last, log, seconds, _ = run_fit(y, task, x, None, fit_options(args))
-    peak = max(log, key=operator.itemgetter("psnr"))
-    rows = [row(task, "observed", task.interpolate(y), x, 0.0),
-            row(task, "staged, holdout", last.best, x, seconds, 0, last.best_k)]
-    rows.append(rows[-1] | dict(arm="staged, oracle", psnr=peak["psnr"], ssim=peak["ssim"],
-                                seconds=peak["seconds"], k=peak["iter"]))
-    classic = fit_options(args) | dict(method="dip", stop="fixed", iters=args.iters or 3000)
-    rules, picks, peaks, begin = [StopRule("wmv"), StopRule("emv")], {}, {}, time.monotonic()
-    for step in fit_dip(y, task, **classic):
-        now = time.monotonic() - begin
-        chosen = [r.kind for r in rules if not r.done and r.update(step.k, step.output, math.nan)]
-        chosen += ["equal seconds"] * (now <= seconds) + ["fixed 1800"] * (step.k <= 1800)
-        picks |= {name: (step.average, now, step.k) for name in chosen}
-        for name, image in (("oracle", step.average), ("oracle, not averaged", step.output)):
-            p = quality(image, x)[0] if step.k % 10 == 0 else -math.inf
-            if p > peaks.get(name, -math.inf):
-                peaks[name], picks[name] = p, (image, now, step.k)
-    return rows + [row(task, f"classic DIP, {name}", image, x, s, 0, k)
-                   for name, (image, s, k) in picks.items()]
-
-
-def suite_init(args: argparse.Namespace, path: str, text: str) -> list:
-    """DIP -> DDPM against its controls: DIP alone, longer, observed-init, noise-init."""
-    x, y, task = observe(args, path, text)
-    rows, args.samples = [row(task, "observed", task.interpolate(y), x, 0.0)], args.samples or 4
-    for args.init, args.steps in (("dip", 20), ("observed", 20), ("noise", 20), ("noise", 200)):
-        r = restore(args, x, y, task, load_prior(args, "none" if args.init == "noise" else "dip", 1))
-        m = r["metrics"]
-        if args.init == "dip":
-            joined, options = m, fit_options(args)
-            rows.append(row(task, "DIP", r["start"], x, m["seconds_dip"], 0, m["iters"]))
-        for name, image in (("mean of K", r["image"]), ("one sample", r["samples"][:1])):
-            rows.append(row(task, f"{args.init}-init, {args.steps} steps, {name}", image, x,
-                            m["seconds"], m["nfe"], m["t0"]))
-    for times in (1, 2):
-        iters = round(options["iters"] * times * joined["seconds"] / joined["seconds_dip"])
-        last, _, seconds, _ = run_fit(y, task, x, None, options | dict(iters=iters))
-        rows.append(row(task, f"DIP, {times} x the joined seconds", last.best, x, seconds, 0, iters))
-    return rows
-
-
-SUITES = {      # what evaluates one photo at one task, and the tasks
-    "stopping": (suite_stopping, ("denoise:25", "inpaint:0.8", "superres:4")),
-    "init": (suite_init, ("superres:4", "inpaint:0.8")),
+SUITES = {      # tasks, and the arms: what stands in the table is what the command does
+    "stopping": (("denoise:25", "inpaint:0.8", "superres:4"), {
+        "staged, holdout": "fit-dip",
+        "classic DIP, fixed 1800": "fit-dip --method dip --stop fixed --iters 1800",
+        "classic DIP, ES-WMV": "fit-dip --method dip --stop wmv --iters 1800"}),
+    "init": (("superres:4", "inpaint:0.8"), {
+        "DIP -> DDPM, 20 steps": "sample --init dip",
+        "DIP alone": f"fit-dip --iters {BRIEF_ITERS}",
+        "DIP alone, 1.5 x": f"fit-dip --iters {BRIEF_ITERS * 3 // 2}",
+        "DIP alone, 3 x": f"fit-dip --iters {BRIEF_ITERS * 3}",
+        "observed-init, 20 steps": "sample --init observed",
+        "noise-init, 20 steps": "sample --init noise --steps 20",
+        "noise-init, 200 steps": "sample --init noise --steps 200"}),
 }
+
+
+def evaluate_photo(args: argparse.Namespace, arms: dict, flags: list) -> list:
+    """Run every arm on one photo and task; a dict for each, all compared with the first arm.
+
+    oracle: the best PSNR that the fit's average passed through (only metrics know it). equal: its
+    PSNR at the seconds that the first arm took.
+    """
+    rows = []
+    for arm, line in arms.items():
+        given = make_parser().parse_args(line.split() + flags)
+        given.device, given.ckpt = args.device, None
+        r = restore(given, *prepare(given))
+        m, log = r["metrics"], [] if given.init else r["rows"]
+        limit = rows[0]["seconds"] if rows else math.inf
+        rows.append(dict(
+            task=given.task, photo=os.path.basename(given.image), seed=given.seed, arm=arm,
+            psnr=m["psnr"], ssim=m["ssim"], observed=m["psnr_observed"], seconds=m["seconds"],
+            oracle=max([v["psnr"] for v in log], default=math.nan),
+            equal=([v["psnr"] for v in log if v["seconds"] <= limit] or [math.nan])[-1],
+            sample=m.get("psnr_sample") or math.nan, calls=m.get("nfe", 0), t0=m.get("t0", 0),
+            stop=m["stop_iter"]))
+    return rows
 
 
 def markdown(rows: list) -> str:
     """Means over photos and seeds by (task, arm); std is that of the seeds' means."""
-    table = ["| task | arm | PSNR | std | SSIM | seconds | calls | photos x seeds |", "|---" * 8 + "|"]
-    groups = {}
+    columns = ("psnr", "ssim", "seconds", "oracle", "equal", "sample", "calls")
+    names = ("task", "arm", "PSNR", "SSIM", "seconds", "oracle", "at equal seconds", "one sample",
+             "calls", "std over seeds", "photos x seeds")
+    groups, table = {}, ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for r in rows:
         groups.setdefault((r["task"], r["arm"]), []).append(r)
     for (task, arm), group in groups.items():
-        seeds = [[r["psnr"] for r in group if r["seed"] == s] for s in {r["seed"] for r in group}]
-        std = f"{np.std([np.mean(s) for s in seeds], ddof=1):.2f}" if len(seeds) > 1 else ""
-        p, q, s, n = (np.mean([r[c] for r in group]) for c in ("psnr", "ssim", "seconds", "nfe"))
-        table.append(f"| {task} | {arm} | {p:.2f} | {std} | {q:.3f} | {s:.1f} | {n:.0f} | "
-                     f"{len(group)} |")
+        means = [np.mean([r[c] for r in group]) for c in columns]
+        seeds = [np.mean([r["psnr"] for r in group if r["seed"] == s]) for s in {
+            r["seed"] for r in group}]
+        cells = ["" if math.isnan(v) else f"{v:.3f}" if c == "ssim" else f"{v:.2f}"
+                 for c, v in zip(columns, means)]
+        std = f"{np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
+        table.append(f"| {task} | {arm} | {' | '.join(cells)} | {std} | {len(group)} |")
     return "\n".join(table) + "\n"
 
 
 def cmd_evaluate(args: argparse.Namespace) -> int:
     files = photos(args.images, "--images")[:1 if args.quick else None]
-    if args.quick:
-        args.size, args.iters = min(args.size, 32), args.iters or 20
+    shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve
+    shared += ["--size", "32", "--iters", "20"] if args.quick else []
     for name in SUITES if args.suite == "all" else [args.suite]:
-        suite, tasks = SUITES[name]
+        tasks, arms = SUITES[name]
         tasks, rows = [args.task] if args.task else tasks, []
+        jobs = [(s, f, t) for s in range(args.seeds) for f in files for t in tasks]
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
-        work = Progress(name, itertools.product(range(args.seeds), files, tasks))
-        for seed, path, task in work:
-            given = argparse.Namespace(**vars(args) | dict(seed=args.seed + seed))
-            photo = os.path.splitext(os.path.basename(path))[0]
-            new = [dict(seed=given.seed, photo=photo) | r for r in suite(given, path, task)]
+        for seed, path, task in jobs:
+            new = evaluate_photo(args, arms, shared + [
+                "--image", path, "--task", task, "--seed", str(args.seed + seed)])
             rows += new
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
-            print(photo, task, " | ".join(f"{r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
+            print(new[0]["photo"], task, " | ".join(
+                f"{r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
         print(markdown(rows))
-        if work.stopped:
-            return 130
     return 0
 
 
-# ---------------------------------------------------------------------------------------------
-# 13. The command line
+# ---- 13. The command line ---------------------------------------------------------------------
 
 
-def number(kind, low, high):
-    """An argparse type: int or float within low..high."""
-    return functools.partial(in_range, kind, low, high)
+FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choices, True or None
+    ("evaluate", "suite", "all", [*SUITES, "all"], "which tables"),
+    ("fit-dip sample", "--image", None, None, "a photo: clean, unless --observed (a shipped one)"),
+    ("fit-dip sample evaluate", "--task", None, None, "denoise:SIGMA in 8-bit units, inpaint:SHARE "
+     "missing, superres:SCALE (denoise:25; sample superres:4; evaluate all)"),
+    ("fit-dip sample", "--observed", False, True, "--image is degraded already: denoise (noise "
+     "estimated unless given), inpaint with --mask, superres:SCALE enlarges"),
+    ("fit-dip sample", "--mask", None, None, "for inpaint: picture of that size, white = known"),
+    ("fit-dip", "--method", "staged", [*METHODS], "the arm"),
+    ("fit-dip", "--stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "fixed: all --iters"),
+    ("fit-dip sample", "--iters", None, (int, 2, 10 ** 7), "DIP iterations "
+     f"({DIP_ITERS[1]}; noise-free {DIP_ITERS[0]}; adapt {ADAPT_ITERS}; sample {BRIEF_ITERS})"),
+    ("sample", "--init", "noise", ["noise", "observed", "dip"], "what the DDPM starts from"),
+    ("sample", "--start", None, (int, 1, 1000), "t0, or auto: the start rule (auto)"),
+    ("sample", "--steps", None, (int, 1, 1000), "reverse steps (20; from noise 100)"),
+    ("sample", "--samples", None, (int, 1, 1024), "samples K (4; grid 16)"),
+    ("sample", "--no-guide", False, True, "no precision guidance by the DIP"),
+    ("sample", "--eta", 0.0, (float, 0, 1), "0 DDIM .. 1 ancestral noise"),
+    ("fit-dip sample", "--ckpt", None, None, "prior (runs/train/*.pt, made if missing)"),
+    ("train", "--data", os.path.join(HERE, "images", "train"), None,
+     "folder of pictures, or .npz/.npy of uint8 images"),
+    ("train", "--prior", "none", ["none", "dip"], "none: all t; dip: only t <= --t-max"),
+    ("train", "--t-max", None, (int, 1, 1000), "largest t (none: 1000; dip: by the start rule)"),
+    ("train", "--schedule", "linear", ["linear", "cosine"], "noise schedule"),
+    ("train", "--steps", TRAIN_STEPS, (int, 1, 10 ** 8), "training steps"),
+    ("train", "--batch", 16, (int, 1, 4096), "patches a step"),
+    ("train", "--patch", 48, (int, 4, 1024), "side of the patches, pixels"),
+    ("train", "--blocks", 1, (int, 1, 8), "residual blocks a level"),
+    ("train", "--attention", False, True, "self-attention, for data sets of whole small images"),
+    ("train", "--resume", False, True, "go on from the checkpoint in --out"),
+    ("evaluate", "--images", os.path.join(HERE, "images", "test"), None, "folder of photos"),
+    ("evaluate", "--seeds", 1, (int, 1, 99), "seeds, from --seed upwards"),
+    ("evaluate", "--quick", False, True, "one photo, 32x32, 20 iterations: a check"),
+    ("fit-dip train sample", "--width", None, (int, 8, 1024), "channels (DIP 32, DDPM 48)"),
+    ("fit-dip sample", "--depth", 4, (int, 1, 8), "levels of the DIP's hourglass"),
+    ("fit-dip train sample", "--lr", None, (float, 1e-9, 10), "Adam's rate (0.01; adapt 5e-4; "
+     "train 1e-3)"),
+    ("fit-dip sample evaluate", "--halve", False, True, "first average 2x2 pixels of --image"),
+    ("fit-dip sample evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop, pixels a side "
+     "(the whole of --image; 128 for shipped photos, grids and tables)"),
+    ("all", "--seed", 0, (int, 0, 10 ** 9), "of all that is random"),
+    ("all", "--device", "auto", ["auto", "cpu", "cuda", "mps"], "where to run"),
+    ("all", "--out", None, None, "folder for what is written (runs/COMMAND)"),
+)
 
 
 def in_range(kind, low, high, text: str):
+    """An argparse type: int or float within low..high, or auto, the flag's default."""
+    if text == "auto":
+        return None
     try:
         value = kind(text)
     except ValueError:
@@ -1287,12 +1249,8 @@ def in_range(kind, low, high, text: str):
     return value
 
 
-def auto_or_t(text: str):
-    return text if text == "auto" else in_range(int, 1, 1000, text)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """The four commands; every flag with unit, default and range."""
+    """The four commands with their FLAGS."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in (
@@ -1300,104 +1258,35 @@ def make_parser() -> argparse.ArgumentParser:
         ("train", "train a DDPM prior on a folder of photos or an array"),
         ("sample", "reverse diffusion from noise, from the observation, or from a DIP"),
         ("evaluate", "the tables of README.md and report.md"))}
-    for p in (parser, *parsers.values()):
-        p.error = fail
-    for names, flag, help_text, options in FLAGS:
+    for names, flag, default, kind, text in FLAGS:
+        options = dict(default=default, help=text)
+        if kind is True:
+            options["action"] = "store_true"
+        elif isinstance(kind, list):
+            options |= dict(choices=kind) if flag[0] == "-" else dict(choices=kind, nargs="?")
+        elif kind:
+            options["type"] = functools.partial(in_range, *kind)
+        options["help"] += f" ({default})" if kind is not True and default is not None else ""
         for name in parsers if names == "all" else names.split():
-            text = help_text + ("" if options.get("default") in (None, False) else
-                                " (default: %(default)s)")
-            parsers[name].add_argument(flag, help=text, **options)
-    unset = dict(image=None, observed=False, mask=None, method="staged", stop="holdout", init=None,
-                 no_guide=False, samples=None, steps=None)
-    for p in parsers.values():              # what a command has no flag for
+            parsers[name].add_argument(flag, **options)
+    unset = dict(method="staged", stop="holdout", init=None, no_guide=False, samples=None,
+                 steps=None)
+    for p in (parser, *parsers.values()):       # one-line errors; flags that a command lacks
+        p.error = fail
         p.set_defaults(**{k: v for k, v in unset.items() if p.get_default(k) is None})
     return parser
-
-
-FLAGS = (       # commands, flag, help, argparse's options
-    ("evaluate", "suite", "which tables: stopping, init or all",
-     dict(nargs="?", choices=[*SUITES, "all"], default="all")),
-    ("fit-dip sample", "--image", "a photo: clean, unless --observed (default: a shipped one)", {}),
-    ("fit-dip sample evaluate", "--task", "denoise:SIGMA (8-bit units), inpaint:SHARE (missing), "
-     "superres:SCALE (default: denoise:25; sample superres:4; evaluate all)", {}),
-    ("fit-dip sample", "--observed", "--image is degraded already: denoise (noise estimated unless "
-     "given), inpaint with --mask, superres:SCALE enlarges", dict(action="store_true")),
-    ("fit-dip sample", "--mask", "for inpaint: a picture of the image's size, white = known", {}),
-    ("fit-dip", "--method", "the arm", dict(choices=[*METHODS], default="staged")),
-    ("fit-dip", "--stop", "stop rule; fixed runs all --iters",
-     dict(choices=["holdout", "wmv", "emv", "fixed"], default="holdout")),
-    ("fit-dip sample evaluate", "--iters", f"DIP iterations (default: {DIP_ITERS}, adapt "
-     f"{ADAPT_ITERS}, sample {BRIEF_ITERS})", dict(type=number(int, 2, 10 ** 7))),
-    ("sample", "--init", "what reverse diffusion starts from",
-     dict(choices=["noise", "observed", "dip"], default="noise")),
-    ("train", "--data", "folder of pictures, or .npz/.npy of uint8 images",
-     dict(default=os.path.join(HERE, "images", "train"))),
-    ("train", "--prior", "none: all t; dip: only t <= --t-max, where a DIP will start it",
-     dict(choices=["none", "dip"], default="none")),
-    ("train", "--t-max", "largest t trained on (default: by the start rule for dip, else 1000)",
-     dict(type=number(int, 1, 1000))),
-    ("train", "--schedule", "noise schedule", dict(choices=["linear", "cosine"], default="linear")),
-    ("train", "--steps", "training steps", dict(type=number(int, 1, 10 ** 8), default=TRAIN_STEPS)),
-    ("sample evaluate", "--steps", "reverse steps (default: 20, from noise 100)",
-     dict(type=number(int, 1, 1000))),
-    ("train", "--batch", "patches a step", dict(type=number(int, 1, 4096), default=16)),
-    ("train", "--patch", "side of the patches, pixels",
-     dict(type=number(int, 4, 1024), default=48)),
-    ("train", "--blocks", "residual blocks a level", dict(type=number(int, 1, 8), default=1)),
-    ("train", "--attention", "self-attention at the lowest level, for whole small images",
-     dict(action="store_true")),
-    ("train", "--resume", "go on from the checkpoint in --out", dict(action="store_true")),
-    ("sample evaluate", "--start", "t0, 1..1000, or auto: the start rule",
-     dict(type=auto_or_t, default="auto")),
-    ("sample evaluate", "--samples", "samples K (default: 4, grid 16)",
-     dict(type=number(int, 1, 1024))),
-    ("sample evaluate", "--no-guide", "no precision guidance by the DIP", dict(action="store_true")),
-    ("sample evaluate", "--eta", "0 (DDIM) .. 1 (ancestral noise)",
-     dict(type=number(float, 0, 1), default=0.0)),
-    ("fit-dip sample evaluate", "--ckpt", "prior (default: runs/train/*.pt, trained if missing)", {}),
-    ("evaluate", "--images", "folder of photos",
-     dict(default=os.path.join(HERE, "images", "test"))),
-    ("evaluate", "--seeds", "seeds, from --seed upwards", dict(type=number(int, 1, 99), default=1)),
-    ("evaluate", "--quick", "one photo, 32x32, 20 iterations: a check", dict(action="store_true")),
-    ("fit-dip train sample evaluate", "--width", "channels of the network (default: DIP 32, DDPM 48)",
-     dict(type=number(int, 8, 1024))),
-    ("fit-dip sample evaluate", "--depth", "levels of the DIP's hourglass",
-     dict(type=number(int, 1, 8), default=4)),
-    ("all", "--lr", "Adam's learning rate (default: DIP 0.01, adapt 5e-4, train 1e-3)",
-     dict(type=number(float, 1e-9, 10))),
-    ("fit-dip sample evaluate", "--halve", "first average 2x2 pixels of --image",
-     dict(action="store_true")),
-    ("fit-dip sample evaluate", "--size", "centre crop, pixels a side (default: the whole of "
-     "--image; 128 for shipped photos, grids and tables)", dict(type=number(int, 1, 2 ** 16))),
-    ("all", "--seed", "of all that is random", dict(type=number(int, 0, 2 ** 30), default=0)),
-    ("all", "--device", "where to run", dict(choices=["auto", "cpu", "cuda", "mps"],
-                                             default="auto")),
-    ("all", "--out", "folder for what is written (default: runs/COMMAND)", {}),
-)
-
-
-def prepare(args: argparse.Namespace):
-    """Fill in what depends on other flags: the device, the folder, the size."""
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if not have.get(args.device, True):
-        fail(f"--device: there is no {args.device} here; use --device auto")
-    args.device = torch.device(args.device if args.device != "auto" else next(
-        d for d in have if have[d]))
-    args.out = args.out or os.path.join("runs", args.command)
-    if args.command != "train" and args.image is None:
-        args.size = args.size or 128
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        save(os.path.join(args.out, ".writable"), "")
-        os.remove(os.path.join(args.out, ".writable"))
-    except OSError as e:
-        fail(f"--out: cannot write into {args.out} ({e.strerror}); name a folder you may write to")
 
 
 def main(argv: list | None = None) -> int:
     """Run one command (argv without the program's name); returns the exit code."""
     args = make_parser().parse_args(argv)
-    prepare(args)
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(d for d in have if have[d]) if args.device == "auto" else args.device
+    if not have[name]:
+        fail(f"--device: there is no {name} here; use --device auto")
+    args.device, args.out = torch.device(name), args.out or os.path.join("runs", args.command)
+    save(os.path.join(args.out, ".writable"), "")
+    os.remove(os.path.join(args.out, ".writable"))
     commands = {"fit-dip": cmd_restore, "sample": cmd_restore, "train": cmd_train,
                 "evaluate": cmd_evaluate}
     try:
