@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
 BRIEF_ITERS, ADAPT_ITERS = 250, 200                     # before a DDPM; from a DDPM
 TRAIN_STEPS, TRAIN_TIME = 2000, "about 4 minutes"       # of the default prior, on two CPU cores
@@ -54,8 +54,6 @@ def stream(seed: int, purpose: int) -> torch.Generator:
 
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
-
-
 class NoiseSchedule:
     """The variance schedule of a DDPM; t runs over 0..T and t = 0 is the clean image.
 
@@ -113,8 +111,6 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> t
 
 
 # ---- 2. The two networks ----------------------------------------------------------------------
-
-
 def pad_to(x: Tensor, multiple: int) -> Tensor:
     """Pad right and bottom to a multiple, at least two of them: reflect, or repeat if tiny."""
     h, w = x.shape[-2:]
@@ -133,8 +129,8 @@ def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequenti
 class SkipNet(nn.Module):
     """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 121k parameters.
 
-    forward(x, sigma=None): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma,
-    the noise level of x, is not used: it is there for a Prior, which may take its place.
+    forward(x): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma, the noise level
+    of x, is not used: it is there for a Prior, which may take this network's place.
     """
 
     def __init__(self, cin: int = 3, cout: int = 3, width: int = 32, depth: int = 4,
@@ -186,23 +182,12 @@ class ResBlock(nn.Module):
         return self.short(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
-class Attention(nn.Module):
-    """Single-head self-attention over all pixels, for data sets of whole small images."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.norm, self.heads = nn.GroupNorm(8, c), nn.MultiheadAttention(c, 1, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)                          # N x HW x C
-        return x + self.heads(h, h, h)[0].transpose(1, 2).reshape(x.shape)
-
-
 class UNet(nn.Module):
     """Time-conditioned residual U-Net eps_theta(x_t, t) (Ho et al. 2020, appendix B).
 
     forward(x, t): x N x channels x H x W of any size, t int64 (N), to N x channels x H x W.
-    Fully convolutional unless attention is set: trained on patches, it runs on any photo.
+    Works on fold x fold blocks of pixels (pixel_unshuffle), for speed. Fully convolutional unless
+    attention is set: trained on patches, it runs on any photo.
     """
 
     def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3),
@@ -217,7 +202,9 @@ class UNet(nn.Module):
             self.enc.append(nn.ModuleList(
                 [ResBlock(w if i else c, w, emb) for i in range(blocks)]))
             c = w
-        self.mid, self.attend = ResBlock(c, c, emb), Attention(c) if attention else nn.Identity()
+        self.mid, self.attend = ResBlock(c, c, emb), None
+        if attention:
+            self.attend = nn.MultiheadAttention(c, 1, batch_first=True)
         for w in widths[::-1]:
             self.dec.append(nn.ModuleList(
                 [ResBlock(w if i else c + w, w, emb) for i in range(blocks)]))
@@ -235,7 +222,10 @@ class UNet(nn.Module):
             for block in level:
                 x = block(x, emb)
             skips.append(x)
-        x = self.attend(self.mid(x, emb))
+        x = self.mid(x, emb)
+        if self.attend is not None:
+            v = x.flatten(2).transpose(1, 2)                                 # N x HW x C
+            x = x + self.attend(v, v, v)[0].transpose(1, 2).reshape(x.shape)
         for level in self.dec:
             x = torch.cat([x, skips.pop()], 1)
             for block in level:
@@ -274,7 +264,6 @@ class Prior(nn.Module):
 
 
 # ---- 3. Training the DDPM (Ho et al. Algorithm 1) ---------------------------------------------
-
 def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -> Tensor:
     """Random flipped crops of uint8 C x H x W images: batch x C x patch x patch in [-1, 1]."""
     out = []
@@ -288,10 +277,9 @@ def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -
 
 def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSchedule,
                images: list, steps: int) -> Iterator[float]:
-    """Algorithm 1 with t ~ U{1..t_max}; yields the loss of each step.
+    """Algorithm 1 with t ~ U{1..t_max}; yields the loss of each step, updates state (new_state).
 
-    state (see new_state) is updated in place; with the two networks' weights it is all that a
-    resumed run needs. Neither learning rate nor EMA depends on `steps`: any run may be prolonged.
+    Neither learning rate nor EMA depends on `steps`, so that any run may be prolonged.
     """
     c, device = state["config"], next(model.parameters()).device
     opt = torch.optim.Adam(model.parameters(), lr=c["lr"], betas=(0.9, 0.99))
@@ -320,8 +308,6 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
 
 
 # ---- 4. Sampling: the reverse process from any (x_t, t) ---------------------------------------
-
-
 def noise(shape: torch.Size, gens: list) -> Tensor:
     """N(0, I) of a batch; image i uses gens[i] alone, so it does not depend on the batch size."""
     return torch.stack([torch.randn(shape[1:], generator=g) for g in gens])
@@ -339,8 +325,7 @@ def p_sample_loop(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int,
                   refine=None) -> Tensor:
     """Ancestral sampling from x_t to x_0 (Ho et al. Algorithm 2), t network calls.
 
-    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one generator an image;
-    refine(x0, t) -> x0 corrects each prediction (section 7).
+    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one an image; refine: section 7.
     """
     for s in range(t, 0, -1):
         x0 = predicted_x0(model, schedule, xt, s, refine)
@@ -370,8 +355,6 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
 
 
 # ---- 5. Tasks: y = A x + sigma n with A = mask o (s x s mean) ---------------------------------
-
-
 @dataclass
 class Task:
     """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None.
@@ -420,13 +403,13 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 
 
 def estimate_sigma(y: Tensor) -> float:
-    """Noise level of y (N x C x H x W, in units of y): median |finest diagonal Haar band| / 0.6745.
+    """Noise level of y (N x C x H x W): median |finest diagonal Haar band| / 0.6745, in units of y.
 
     Donoho & Johnstone 1994. 0 for an image of under 2 x 2 pixels.
     """
-    y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
-    if y.numel() == 0:
+    if min(y.shape[-2:]) < 2:
         return 0.0
+    y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     band = y[..., ::2, ::2] - y[..., ::2, 1::2] - y[..., 1::2, ::2] + y[..., 1::2, 1::2]
     return (band / 2).abs().median().item() / 0.6745
 
@@ -458,16 +441,18 @@ class HeldOut:
 
     def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25,
                  share: float = 0.1):
-        w = torch.randn(y.shape, generator=gen).to(y)
-        self.y, self.val_y = y + a * task.sigma * w, y - task.sigma / a * w
-        self.bias = task.sigma ** 2 * (1 + (w ** 2).mean().item() / a ** 2)
-        self.task = replace(task, sigma=task.sigma * math.sqrt(1 + a * a))
-        self.val_task = task
-        if task.sigma == 0:
+        if task.sigma > 0:
+            w = torch.randn(y.shape, generator=gen).to(y)
+            self.task, self.val_task = replace(task, sigma=task.sigma * math.hypot(1, a)), task
+            self.y, self.val_y = y + a * task.sigma * w, y - task.sigma / a * w
+            self.bias = task.sigma ** 2 * (1 + (w ** 2).mean().item() / a ** 2)
+        else:
             known = torch.ones_like(y[:, :1]) if task.mask is None else task.mask
-            out = known * (torch.rand(known.shape, generator=gen).to(y) < share)
+            u = torch.rand(known.shape, generator=gen).to(y) * known
+            n = max(1, round(share * known.sum().item()))
+            out = (u >= u.flatten().topk(n).values[-1]).float() * known
             self.task, self.val_task = replace(task, mask=known - out), replace(task, mask=out)
-            self.y, self.val_y = y * self.task.mask, y * out
+            self.y, self.val_y, self.bias = y * self.task.mask, y * out, 0.0
 
     def risk(self, xhat: Tensor) -> float:
         """R: unbiased for the mean of (xhat - x)^2, for any xhat made without val_y."""
@@ -484,7 +469,7 @@ class StopRule:
 
     def __init__(self, kind: str, patience: int = 1000, window: int = 100, alpha: float = 0.1):
         self.kind, self.patience, self.window, self.alpha = kind, patience, window, alpha
-        self.best, self.best_k, self.done, self.score = math.inf, 0, False, math.inf
+        self.score, self.best, self.best_k, self.done = math.inf, math.inf, 0, False
         self.outputs, self.mean, self.square, self.var = deque(), 0.0, 0.0, 0.0
 
     def update(self, k: int, output: Tensor, risk: float) -> bool:
@@ -523,7 +508,6 @@ class FitStep:
     iters: int              # and planned
     s: float                # the rung
     loss: float
-    output: Tensor          # of this iteration
     average: Tensor         # exponential average of the outputs
     risk: float             # R of the average; nan where nothing is held out
     best: Tensor            # the answer so far
@@ -532,10 +516,10 @@ class FitStep:
 
 def turned(x: Tensor, g: int, back: bool = False) -> Tensor:
     """One of the 8 flips and quarter turns of the square (g in 0..7), or its inverse."""
-    if g & 4 and back:
-        x = x.transpose(2, 3)
-    x = x.flip([d for d in (2, 3) if g & (d - 1)])
-    return x.transpose(2, 3) if g & 4 and not back else x
+    if back:
+        return torch.rot90(x.flip(3) if g > 3 else x, -g, (2, 3))
+    x = torch.rot90(x, g, (2, 3))
+    return x.flip(3) if g > 3 else x
 
 
 def ladder(sigma: float, steps: int, rungs: int = 30) -> list:
@@ -544,8 +528,7 @@ def ladder(sigma: float, steps: int, rungs: int = 30) -> list:
     From 3 to 0.4 times the observation's noise sigma; from 0.6 to 0.06 where there is none.
     """
     high, low = (3 * sigma, 0.4 * sigma) if sigma > 0 else (0.6, 0.06)
-    stairs = (np.arange(steps) * rungs // max(steps, 1)) / (rungs - 1)
-    return (high * (low / high) ** stairs).tolist()
+    return [high * (low / high) ** (k * rungs // steps / (rungs - 1)) for k in range(steps)]
 
 
 def network_io(method: str, y: Tensor, task: Task, estimate: Tensor, fixed: Tensor, s: float,
@@ -564,13 +547,13 @@ def network_io(method: str, y: Tensor, task: Task, estimate: Tensor, fixed: Tens
 
 
 def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, task: Task,
-            levels: list, average: Tensor, k: int, gen: torch.Generator) -> Iterator[tuple]:
+            levels: list, average: Tensor, k: int, gen: torch.Generator,
+            fixed: Tensor) -> Iterator[tuple]:
     """Down the ladder, one Adam step a level, after k steps; yields (k, s, loss, output, average).
 
     The average of the outputs (exponential, over a tenth of the steps, 100 at most) is the answer;
     at each new rung it becomes the estimate from which the next inputs are made.
     """
-    fixed = torch.rand((1, 32, *average.shape[2:]), generator=gen).to(y) / 10
     lr, rung, estimate = opt.param_groups[0]["lr"], None, average
     for k, s in enumerate(levels, k + 1):
         if s != rung:
@@ -613,29 +596,27 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
     seen, seen_task = (held.y, held.task) if held else (y, task)
     split = round((1 - tail) * iters) if held else iters
     rule, risk, weights = StopRule(stop, patience), math.nan, None
-    best = seen_task.interpolate(seen)
-    for k, s, loss, output, average in descend(net, opt, method, seen, seen_task, ladder(
-            seen_task.sigma, iters)[:split], best, 0, gen):
+    best, levels = seen_task.interpolate(seen), ladder(seen_task.sigma, iters)[:split]
+    fixed = torch.rand((1, 32, *best.shape[2:]), generator=gen).to(y) / 10           # the DIP's z
+    for k, s, loss, output, average in descend(net, opt, method, seen, seen_task, levels, best, 0,
+                                               gen, fixed):
         risk = held.risk(average) if held else math.nan
         if rule.update(k, output if stop in ("wmv", "emv") else average, risk):
             best = average
             weights = {n: p.clone() for n, p in net.state_dict().items()} if held else None
-        yield FitStep(k, iters, s, loss, output, average, risk, best, rule.best_k)
+        yield FitStep(k, iters, s, loss, average, risk, best, rule.best_k)
         if rule.done:
             break
     if not held:
         return
     net.load_state_dict(weights)
-    levels = ladder(task.sigma, iters)[rule.best_k:]
-    levels = levels[:round(rule.best_k * tail / (1 - tail))]
-    for k, s, loss, output, best in descend(net, opt, method, y, task, levels, best, rule.best_k,
-                                            gen):
-        yield FitStep(k, rule.best_k + len(levels), s, loss, output, best, rule.best, best, k)
+    end = rule.best_k + round(rule.best_k * tail / (1 - tail))
+    for k, s, loss, _, best in descend(net, opt, method, y, task, ladder(task.sigma, iters)[
+            rule.best_k:end], best, rule.best_k, gen, fixed):
+        yield FitStep(k, end, s, loss, best, rule.best, best, k)
 
 
 # ---- 7. Joining the two -----------------------------------------------------------------------
-
-
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float, y: Tensor,
               task: Task) -> Tensor:
     """The DDPM's x0 at t, joined with the DIP by precision and with y by data consistency.
@@ -658,8 +639,7 @@ def reverse(prior: Prior, y: Tensor, task: Task, start: Tensor, t0: int, *,
             samples: int = 4, seed: int = 0) -> Tensor:
     """Noise `start` (1 x C x H x W) to t0, then go back to t = 0: samples x C x H x W.
 
-    guide: the DIP's output, its error's variance `risk`; or None. Sample i depends on seed + i
-    alone.
+    guide: the DIP's output, `risk` its error's variance; or None. Sample i: seed + i alone.
     """
     gens = [stream(seed + i, SAMPLE) for i in range(samples)]
     x0 = start.expand(samples, -1, -1, -1)
@@ -670,8 +650,6 @@ def reverse(prior: Prior, y: Tensor, task: Task, start: Tensor, t0: int, *,
 
 
 # ---- 8. Metrics -------------------------------------------------------------------------------
-
-
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images."""
     mse = ((a.double() - b.double()) ** 2).mean().item()
@@ -698,15 +676,13 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
 
 def quality(xhat: Tensor, x: Tensor | None) -> tuple:
     """(psnr, ssim) of xhat against the clean x, both clipped to [-1, 1]; None where unknown."""
-    if x is None:
+    if x is None or xhat is None:
         return None, None
     xhat = xhat.clamp(-1, 1)
     return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if min(x.shape[-2:]) >= 11 else None
 
 
 # ---- 9. Files, figures, progress --------------------------------------------------------------
-
-
 def fail(message: str):
     """One line on stderr, exit code 2. Every message names the flag and the remedy."""
     print(f"error: {message}".replace("\n", " "), file=sys.stderr)
@@ -715,22 +691,21 @@ def fail(message: str):
 
 def save(path: str, data):
     """Write all of a file or nothing: image to PNG, list of dicts to CSV, dict to JSON or .pt."""
-    buffer = io.BytesIO()
+    buffer, text = io.BytesIO(), io.StringIO(data if isinstance(data, str) else None)
     if isinstance(data, Image.Image):
         data.save(buffer, "PNG")
     elif path.endswith(".pt"):
         torch.save(data, buffer)
     elif isinstance(data, list):
-        text = io.TextIOWrapper(buffer, "utf-8", newline="", write_through=True)
         table = csv.DictWriter(text, data[0] if data else (), lineterminator="\n")
         table.writeheader()
         table.writerows(data)
-    else:
-        buffer.write((data if isinstance(data, str) else json.dumps(data, indent=1)).encode())
+    elif isinstance(data, dict):
+        json.dump(data, text, indent=1)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(buffer.getbuffer() or text.getvalue().encode())
         os.replace(path + ".tmp", path)
     except OSError as e:
         fail(f"--out: cannot write {path} ({e.strerror}); name a folder you may write to")
@@ -823,8 +798,6 @@ class Progress:
 
 
 # ---- 10. The observation: a photo degraded here, or one that the user already has -------------
-
-
 def from_8bit(sigma: float) -> float:
     """A noise level in 8-bit units (25 of 255) to the [-1, 1] scale."""
     return 2 * sigma / 255
@@ -884,10 +857,8 @@ def known_pixels(args: argparse.Namespace, share: float | None, image: Tensor) -
 
 
 # ---- 11. The commands -------------------------------------------------------------------------
-
-
 def run_fit(args: argparse.Namespace, y: Tensor, task: Task, x: Tensor | None,
-            net: nn.Module | None) -> tuple:
+            prior: Prior | None) -> tuple:
     """fit_dip as the flags say, with progress and a log; Ctrl-C keeps the best so far.
 
     Returns (last FitStep, log rows, seconds, interrupted). Only the log reads the clean x.
@@ -896,6 +867,7 @@ def run_fit(args: argparse.Namespace, y: Tensor, task: Task, x: Tensor | None,
         BRIEF_ITERS if args.init else DIP_ITERS[task.sigma > 0], 0.01)
     options = dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
                    width=args.width or 32, depth=args.depth, seed=args.seed)
+    net = prior if args.method == "adapt" else None
     rows, steps = [], Progress("DIP", fit_dip(y, task, net, **options))
     try:
         for last in steps:
@@ -916,17 +888,15 @@ def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
 
     Returns the answer `image`, all `samples`, the DIP's output or None, log rows and metrics.
     """
-    seen, dip, rows, risk, stopped = task.interpolate(y), None, [], None, False
-    m = dict(psnr=None, ssim=None, psnr_observed=quality(seen, x)[0], sigma=task.sigma * 127.5,
-             iters=0, stop_iter=0, seconds_dip=0.0, seconds_ddpm=0.0)
+    begin, seen, dip, risk, stopped = time.monotonic(), task.interpolate(y), None, None, False
+    more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
     if args.init in (None, "dip"):
-        net = prior if args.method == "adapt" else None
-        last, rows, m["seconds_dip"], stopped = run_fit(args, y, task, x, net)
-        m |= dict(iters=last.k, stop_iter=last.best_k)
+        last, rows, seconds, stopped = run_fit(args, y, task, x, prior)
+        more = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=seconds)
         dip, risk = last.best, None if math.isnan(last.risk) else last.risk
     image = samples = dip
     if args.init:
-        begin, channels = time.monotonic(), prior.model.channels
+        middle, channels = time.monotonic(), prior.model.channels
         guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
         t0 = args.start or prior.schedule.start_t(guess)
         t0 = prior.schedule.T if args.init == "noise" else t0
@@ -940,14 +910,15 @@ def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
         samples = samples.mean(1, keepdim=True) if y.shape[1] < channels else samples
         image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
         rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
-        m |= dict(t0=t0, nfe=min(args.steps, t0), seconds_ddpm=time.monotonic() - begin,
-                  psnr_dip=None if dip is None else quality(dip, x)[0],
-                  psnr_mean=quality(image, x)[0],
-                  psnr_sample=None if x is None else sum(p for p, _ in each) / len(each))
-    m["psnr"], m["ssim"] = quality(image, x)
-    m |= dict(seconds=m["seconds_dip"] + m["seconds_ddpm"], risk=risk, task=task.name,
-              init=args.init, method=args.method, stop=args.stop, seed=args.seed)
-    return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=m, stopped=stopped)
+        more |= dict(psnr_dip=quality(dip, x)[0], psnr_mean=quality(image, x)[0], t0=t0,
+                     psnr_sample=None if x is None else sum(p for p, _ in each) / len(each),
+                     nfe=min(args.steps, t0), seconds_ddpm=time.monotonic() - middle)
+    p, q = quality(image, x)
+    metrics = dict(psnr=p, ssim=q, psnr_observed=quality(seen, x)[0],
+                   seconds=time.monotonic() - begin, risk=risk, sigma=task.sigma * 127.5,
+                   task=task.name, init=args.init, method=args.method, stop=args.stop,
+                   seed=args.seed) | more
+    return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=metrics, stopped=stopped)
 
 
 def prepare(args: argparse.Namespace) -> tuple:
@@ -955,22 +926,20 @@ def prepare(args: argparse.Namespace) -> tuple:
 
     The unconditional grid is the restoration of an image of which no pixel was observed.
     """
-    noise_init = args.init == "noise"
-    grid = noise_init and args.image is None and args.task is None
+    kind = "none" if args.init == "noise" else "dip"
+    grid = kind == "none" and args.image is None and args.task is None
     args.samples = args.samples or (16 if grid else 4)
-    args.steps = args.steps or (100 if noise_init else 20)
+    args.steps = args.steps or (100 if kind == "none" else 20)
     args.size = args.size or (128 if args.image is None else None)
-    args.image = args.image or os.path.join(HERE, "images", "test", "astronaut.png")
-    if not grid:
-        x, y, task = observe(args, args.image, args.task or (
-            "superres:4" if args.init else "denoise:25"))
-    prior = None
-    if args.init or args.method == "adapt":
-        prior = load_prior(args, "none" if noise_init else "dip", 1 if grid else y.shape[1])
+    args.image = args.image or os.path.join(PHOTOS, "test", "astronaut.png")
     if grid:
+        prior = load_prior(args, kind, 1)
         y = torch.zeros(1, prior.model.channels, args.size, args.size, device=args.device)
-        x, task = None, Task("grid", mask=torch.zeros_like(y[:, :1]))
-    return x, y, task, prior
+        return None, y, Task("grid", mask=torch.zeros_like(y[:, :1])), prior
+    default = "superres:4" if args.init else "denoise:25"
+    x, y, task = observe(args, args.image, args.task or default)
+    needed = args.init or args.method == "adapt"
+    return x, y, task, load_prior(args, kind, y.shape[1]) if needed else None
 
 
 def cmd_restore(args: argparse.Namespace) -> int:
@@ -1012,8 +981,7 @@ def load_data(path: str, patch: int) -> tuple:
             if data.dtype != np.uint8 or arrays.ndim != 4 or arrays.shape[3] not in (1, 3):
                 raise ValueError(f"it holds {data.dtype} of shape {data.shape}")
         except Exception as e:                          # numpy raises many kinds for bad files
-            fail(f"--data: {path}: {e}; give a folder of pictures, or uint8 N x H x W (x C) first "
-                 "in an .npz or .npy")
+            fail(f"--data: {path}: {e}; give a folder of pictures or uint8 N x H x W (x C) .npz")
     patch = min(patch, max(min(a.shape[:2]) for a in arrays))
     return [torch.from_numpy(a.transpose(2, 0, 1).copy()) for a in arrays
             if min(a.shape[:2]) >= patch], patch
@@ -1026,16 +994,14 @@ def load_state(path: str, flag: str) -> dict:
         UNet(**state["config"]["unet"]).load_state_dict(state["ema"])
         return state
     except Exception as e:                              # torch raises many kinds for bad files
-        fail(f"{flag}: {path} is no whole checkpoint of this script ({str(e).strip()[:100]}); "
-             "make one with: python dipddpm.py train --prior dip")
+        fail(f"{flag}: {path} is no whole checkpoint ({str(e).strip()[:80]}); train one")
 
 
 def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one of this kind, trained on the spot when missing."""
     path = args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
     if not args.ckpt and not os.path.exists(path):
-        print(f"no prior yet: first training one on images/train, {TRAIN_TIME} on two cores, once; "
-              f"it stays in {path}", flush=True)
+        print(f"no prior yet: training {path} on images/train, once, {TRAIN_TIME} on two cores")
         if main(["train", "--prior", kind, "--device", args.device.type]):
             raise KeyboardInterrupt
     state = load_state(path, "--ckpt")
@@ -1043,8 +1009,7 @@ def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
     if model.channels < channels:
         fail(f"--ckpt: {path} is a prior for grey images; train one on colour photos")
     if kind == "none" and c["t_max"] < c["T"]:
-        fail(f"--ckpt: {path} knows only t <= {c['t_max']}, too little to start from noise; train "
-             "with --prior none, or use --init dip")
+        fail(f"--ckpt: {path} knows only t <= {c['t_max']}; train --prior none, or use --init dip")
     model.load_state_dict(state["ema"])
     schedule = NoiseSchedule(c["T"], c["schedule"])
     return Prior(model, schedule, c["t_max"], state["eps_loss"])
@@ -1120,49 +1085,44 @@ SUITES = {      # tasks, and the arms: what stands in the table is what the comm
         "DIP alone, 3 x": f"fit-dip --iters {BRIEF_ITERS * 3}",
         "observed-init, 20 steps": "sample --init observed",
         "noise-init, 20 steps": "sample --init noise --steps 20",
-        "noise-init, 200 steps": "sample --init noise --steps 200"}),
-}
+        "noise-init, 200 steps": "sample --init noise --steps 200"})}
 
 
 def evaluate_photo(args: argparse.Namespace, arms: dict, flags: list) -> list:
-    """Run every arm on one photo and task; a dict for each, all compared with the first arm.
-
-    oracle: the best PSNR that the fit's average passed through (only metrics know it). equal: its
-    PSNR at the seconds that the first arm took.
-    """
+    """Run every arm on one photo and task; a dict for each. oracle: the best PSNR that the fit's
+    average passed through (only metrics know it); equal: its PSNR at the first arm's seconds."""
     rows = []
     for arm, line in arms.items():
         given = make_parser().parse_args(line.split() + flags)
-        given.device, given.ckpt = args.device, None
+        given.device = args.device
         r = restore(given, *prepare(given))
         m, log = r["metrics"], [] if given.init else r["rows"]
         limit = rows[0]["seconds"] if rows else math.inf
         rows.append(dict(
             task=given.task, photo=os.path.basename(given.image), seed=given.seed, arm=arm,
-            psnr=m["psnr"], ssim=m["ssim"], observed=m["psnr_observed"], seconds=m["seconds"],
+            psnr=m["psnr"], ssim=m["ssim"], seconds=m["seconds"],
             oracle=max([v["psnr"] for v in log], default=math.nan),
             equal=([v["psnr"] for v in log if v["seconds"] <= limit] or [math.nan])[-1],
             sample=m.get("psnr_sample") or math.nan, calls=m.get("nfe", 0), t0=m.get("t0", 0),
-            stop=m["stop_iter"]))
+            stop=m["stop_iter"], observed=m["psnr_observed"]))
     return rows
 
 
 def markdown(rows: list) -> str:
     """Means over photos and seeds by (task, arm); std is that of the seeds' means."""
     columns = ("psnr", "ssim", "seconds", "oracle", "equal", "sample", "calls")
-    names = ("task", "arm", "PSNR", "SSIM", "seconds", "oracle", "at equal seconds", "one sample",
-             "calls", "std over seeds", "photos x seeds")
-    groups, table = {}, ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    groups, table = {}, ["| task | arm | PSNR | SSIM | seconds | oracle | at equal seconds | one "
+                         "sample | calls | std of seeds | photos x seeds |", "|---" * 11 + "|"]
     for r in rows:
         groups.setdefault((r["task"], r["arm"]), []).append(r)
     for (task, arm), group in groups.items():
         means = [np.mean([r[c] for r in group]) for c in columns]
+        cells = ["" if math.isnan(v) else f"{v:.{3 if c == 'ssim' else 2}f}"
+                 for c, v in zip(columns, means)]
         seeds = [np.mean([r["psnr"] for r in group if r["seed"] == s]) for s in {
             r["seed"] for r in group}]
-        cells = ["" if math.isnan(v) else f"{v:.3f}" if c == "ssim" else f"{v:.2f}"
-                 for c, v in zip(columns, means)]
-        std = f"{np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
-        table.append(f"| {task} | {arm} | {' | '.join(cells)} | {std} | {len(group)} |")
+        cells += [f"{np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else "", str(len(group))]
+        table.append(f"| {task} | {arm} | " + " | ".join(cells) + " |")
     return "\n".join(table) + "\n"
 
 
@@ -1171,18 +1131,17 @@ def cmd_evaluate(args: argparse.Namespace) -> int:
     shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve
     shared += ["--size", "32", "--iters", "20"] if args.quick else []
     for name in SUITES if args.suite == "all" else [args.suite]:
-        tasks, arms = SUITES[name]
-        tasks, rows = [args.task] if args.task else tasks, []
-        jobs = [(s, f, t) for s in range(args.seeds) for f in files for t in tasks]
+        (tasks, arms), rows = SUITES[name], []
+        tasks = [args.task] if args.task else tasks
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
+        jobs = [(s, f, t) for s in range(args.seeds) for f in files for t in tasks]
         for seed, path, task in jobs:
-            new = evaluate_photo(args, arms, shared + [
+            rows += evaluate_photo(args, arms, shared + [
                 "--image", path, "--task", task, "--seed", str(args.seed + seed)])
-            rows += new
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
-            print(new[0]["photo"], task, " | ".join(
-                f"{r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
+            print(os.path.basename(path), task, " | ".join(
+                f"{r['arm']} {r['psnr']:.2f}" for r in rows[-len(arms):]), flush=True)
         print(markdown(rows))
     return 0
 
@@ -1190,27 +1149,27 @@ def cmd_evaluate(args: argparse.Namespace) -> int:
 # ---- 13. The command line ---------------------------------------------------------------------
 
 
+BOTH = "fit-dip sample"
 FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choices, True or None
     ("evaluate", "suite", "all", [*SUITES, "all"], "which tables"),
-    ("fit-dip sample", "--image", None, None, "a photo: clean, unless --observed (a shipped one)"),
-    ("fit-dip sample evaluate", "--task", None, None, "denoise:SIGMA in 8-bit units, inpaint:SHARE "
-     "missing, superres:SCALE (denoise:25; sample superres:4; evaluate all)"),
-    ("fit-dip sample", "--observed", False, True, "--image is degraded already: denoise (noise "
-     "estimated unless given), inpaint with --mask, superres:SCALE enlarges"),
-    ("fit-dip sample", "--mask", None, None, "for inpaint: picture of that size, white = known"),
+    (BOTH, "--image", None, None, "a photo: clean, unless --observed (a shipped one)"),
+    (BOTH + " evaluate", "--task", None, None, "denoise:SIGMA (of 255), inpaint:SHARE missing, "
+     "superres:SCALE (denoise:25; sample superres:4; evaluate all)"),
+    (BOTH, "--observed", False, True, "--image is degraded already; denoise estimates the noise"),
+    (BOTH, "--mask", None, None, "for inpaint: picture of the image's size, white = known"),
+    (BOTH, "--iters", None, (int, 2, 10 ** 7), "DIP iterations (denoise %d; noise-free %d; adapt "
+     "%d; sample %d)" % (DIP_ITERS[1], DIP_ITERS[0], ADAPT_ITERS, BRIEF_ITERS)),
+    (BOTH, "--depth", 4, (int, 1, 8), "levels of the DIP's hourglass"),
+    (BOTH, "--ckpt", None, None, "prior (runs/train/*.pt, trained if missing)"),
     ("fit-dip", "--method", "staged", [*METHODS], "the arm"),
     ("fit-dip", "--stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "fixed: all --iters"),
-    ("fit-dip sample", "--iters", None, (int, 2, 10 ** 7), "DIP iterations "
-     f"({DIP_ITERS[1]}; noise-free {DIP_ITERS[0]}; adapt {ADAPT_ITERS}; sample {BRIEF_ITERS})"),
     ("sample", "--init", "noise", ["noise", "observed", "dip"], "what the DDPM starts from"),
     ("sample", "--start", None, (int, 1, 1000), "t0, or auto: the start rule (auto)"),
     ("sample", "--steps", None, (int, 1, 1000), "reverse steps (20; from noise 100)"),
     ("sample", "--samples", None, (int, 1, 1024), "samples K (4; grid 16)"),
     ("sample", "--no-guide", False, True, "no precision guidance by the DIP"),
     ("sample", "--eta", 0.0, (float, 0, 1), "0 DDIM .. 1 ancestral noise"),
-    ("fit-dip sample", "--ckpt", None, None, "prior (runs/train/*.pt, made if missing)"),
-    ("train", "--data", os.path.join(HERE, "images", "train"), None,
-     "folder of pictures, or .npz/.npy of uint8 images"),
+    ("train", "--data", os.path.join(PHOTOS, "train"), None, "folder of pictures, or an .npz"),
     ("train", "--prior", "none", ["none", "dip"], "none: all t; dip: only t <= --t-max"),
     ("train", "--t-max", None, (int, 1, 1000), "largest t (none: 1000; dip: by the start rule)"),
     ("train", "--schedule", "linear", ["linear", "cosine"], "noise schedule"),
@@ -1220,33 +1179,29 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     ("train", "--blocks", 1, (int, 1, 8), "residual blocks a level"),
     ("train", "--attention", False, True, "self-attention, for data sets of whole small images"),
     ("train", "--resume", False, True, "go on from the checkpoint in --out"),
-    ("evaluate", "--images", os.path.join(HERE, "images", "test"), None, "folder of photos"),
+    ("evaluate", "--images", os.path.join(PHOTOS, "test"), None, "folder of photos"),
     ("evaluate", "--seeds", 1, (int, 1, 99), "seeds, from --seed upwards"),
     ("evaluate", "--quick", False, True, "one photo, 32x32, 20 iterations: a check"),
-    ("fit-dip train sample", "--width", None, (int, 8, 1024), "channels (DIP 32, DDPM 48)"),
-    ("fit-dip sample", "--depth", 4, (int, 1, 8), "levels of the DIP's hourglass"),
-    ("fit-dip train sample", "--lr", None, (float, 1e-9, 10), "Adam's rate (0.01; adapt 5e-4; "
-     "train 1e-3)"),
-    ("fit-dip sample evaluate", "--halve", False, True, "first average 2x2 pixels of --image"),
-    ("fit-dip sample evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop, pixels a side "
-     "(the whole of --image; 128 for shipped photos, grids and tables)"),
-    ("all", "--seed", 0, (int, 0, 10 ** 9), "of all that is random"),
-    ("all", "--device", "auto", ["auto", "cpu", "cuda", "mps"], "where to run"),
-    ("all", "--out", None, None, "folder for what is written (runs/COMMAND)"),
+    (BOTH + " train", "--width", None, (int, 8, 1024), "channels (DIP 32, DDPM 48)"),
+    (BOTH + " train", "--lr", None, (float, 1e-9, 10), "Adam's (DIP 0.01, adapt 5e-4, DDPM 1e-3)"),
+    (BOTH + " evaluate", "--halve", False, True, "first average 2x2 pixels of the photo"),
+    (BOTH + " evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop, pixels a side (all of "
+     "--image; 128 for shipped photos, grids and tables)"),
+    (BOTH + " train evaluate", "--seed", 0, (int, 0, 10 ** 9), "of all that is random"),
+    (BOTH + " train evaluate", "--device", "auto", ["auto", "cpu", "cuda", "mps"], "where to run"),
+    (BOTH + " train evaluate", "--out", None, None, "folder for what is written (runs/COMMAND)"),
 )
 
 
 def in_range(kind, low, high, text: str):
     """An argparse type: int or float within low..high, or auto, the flag's default."""
-    if text == "auto":
-        return None
     try:
-        value = kind(text)
+        value = None if text == "auto" else kind(text)
     except ValueError:
         value = math.nan
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
-    return value
+    if value is None or low <= value <= high:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -1267,7 +1222,7 @@ def make_parser() -> argparse.ArgumentParser:
         elif kind:
             options["type"] = functools.partial(in_range, *kind)
         options["help"] += f" ({default})" if kind is not True and default is not None else ""
-        for name in parsers if names == "all" else names.split():
+        for name in names.split():
             parsers[name].add_argument(flag, **options)
     unset = dict(method="staged", stop="holdout", init=None, no_guide=False, samples=None,
                  steps=None)

@@ -315,6 +315,7 @@ def test_held_out_pixels(task):
     known = torch.ones(1, 1, 3, 3) if task.mask is None else task.mask
     assert torch.equal(held.task.mask + held.val_task.mask, known)
     assert held.risk(x) == pytest.approx(0, abs=1e-12)
+    assert held.val_task.mask.sum() == max(1, round(0.3 * known.sum().item()))
     out = held.val_task.mask.expand(1, 3, -1, -1) > 0
     xhat = x + 0.1 * torch.randn(x.shape)
     plain = replace_mask(task).forward(xhat - x)[out]
