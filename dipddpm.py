@@ -13,14 +13,12 @@ the mean squared error of the DIP's output that never sees the clean image.
 Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
     x, xhat, y       clean image, estimate, observation  y = A x + sigma n
     A, A^+           task operator (mask and/or s x s mean) and its pseudo-inverse
-    beta, abar       noise schedule, abar_t = prod (1 - beta_s), abar_0 = 1
-    xt               x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    xt               x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, abar_t = prod (1 - beta_s)
     sigma_t          sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
     s                a rung of the ladder: the level of the noise s w in the network's input
     z1, z2           the conjugate pair  y + s w,  y - (sigma^2 / s) w
     R, r_t^2         variance of the DIP's error (held-out risk), of the DDPM's x0-prediction
 """
-import argparse
 import csv
 import functools
 import glob
@@ -31,7 +29,8 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import deque, namedtuple
 from dataclasses import dataclass, replace
 from typing import Iterator
 
@@ -45,12 +44,12 @@ PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
 BRIEF_ITERS, ADAPT_ITERS = 250, 200                     # before a DDPM; from a DDPM
 TRAIN_STEPS, TRAIN_TIME = 2000, "about 4 minutes"       # of the default prior, on two CPU cores
-OBSERVE, FIT, SAMPLE, TRAIN = range(4)                  # what a random stream is for
+OBSERVE, INIT, FIT, SAMPLE, TRAIN = range(5)            # what a random stream is for
 
 
 def stream(seed: int, purpose: int) -> torch.Generator:
     """One generator for each purpose: the fit must never redraw the observation's own noise."""
-    return torch.Generator().manual_seed(4 * seed + purpose)
+    return torch.Generator().manual_seed(5 * seed + purpose)
 
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
@@ -78,7 +77,7 @@ class NoiseSchedule:
     def start_t(self, risk: float, c: float = 1.0) -> int:
         """Where reverse diffusion starts: the smallest t0 >= 1 with sigma_t0 >= c sqrt(risk).
 
-        Then KL(q(x_t0 | x) || q(x_t0 | xhat)) = SNR_t0 |x - xhat|^2 / 2 <= 1 / (2 c^2) a pixel.
+        If risk is the mean of (x - xhat)^2: KL(q(x_t0 | x) || q(x_t0 | xhat)) <= d / (2 c^2).
         """
         t = int(torch.searchsorted(self.sigma, c * math.sqrt(max(risk, 0))))
         return min(max(t, 1), self.T)
@@ -172,7 +171,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, cin), conv3(cin, cout)
         self.norm2, self.conv2 = nn.GroupNorm(8, cout), conv3(cout, cout)
-        nn.init.zeros_(self.conv2.weight)           # a fresh block is the identity
+        nn.init.zeros_(self.conv2.weight)           # starts near the identity
         self.emb = nn.Linear(emb, 2 * cout)
         self.short = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -191,7 +190,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3),
-                 blocks: int = 1, attention: bool = False, fold: int = 2):
+                 attention: bool = False, fold: int = 2):
         super().__init__()
         self.channels, self.fold = channels, fold
         widths, emb, self.width = [m * width for m in mults], 4 * width, width
@@ -199,15 +198,13 @@ class UNet(nn.Module):
         self.stem, c = conv3(channels * fold ** 2, width), width
         self.enc, self.dec = nn.ModuleList(), nn.ModuleList()
         for w in widths:
-            self.enc.append(nn.ModuleList(
-                [ResBlock(w if i else c, w, emb) for i in range(blocks)]))
+            self.enc.append(ResBlock(c, w, emb))
             c = w
         self.mid, self.attend = ResBlock(c, c, emb), None
         if attention:
             self.attend = nn.MultiheadAttention(c, 1, batch_first=True)
         for w in widths[::-1]:
-            self.dec.append(nn.ModuleList(
-                [ResBlock(w if i else c + w, w, emb) for i in range(blocks)]))
+            self.dec.append(ResBlock(c + w, w, emb))
             c = w
         self.norm, self.out = nn.GroupNorm(8, c), conv3(c, channels * fold ** 2)
         nn.init.zeros_(self.out.weight)
@@ -217,44 +214,32 @@ class UNet(nn.Module):
         emb = self.time(timestep_embedding(t, self.width))
         x = F.pixel_unshuffle(pad_to(x, self.fold * 2 ** (len(self.enc) - 1)), self.fold)
         x, skips = self.stem(x), []
-        for level in self.enc:
-            x = F.avg_pool2d(x, 2) if skips else x                           # H, W halved
-            for block in level:
-                x = block(x, emb)
+        for block in self.enc:
+            x = block(F.avg_pool2d(x, 2) if skips else x, emb)               # H, W halved
             skips.append(x)
         x = self.mid(x, emb)
         if self.attend is not None:
             v = x.flatten(2).transpose(1, 2)                                 # N x HW x C
             x = x + self.attend(v, v, v)[0].transpose(1, 2).reshape(x.shape)
-        for level in self.dec:
-            x = torch.cat([x, skips.pop()], 1)
-            for block in level:
-                x = block(x, emb)
+        for block in self.dec:
+            x = block(torch.cat([x, skips.pop()], 1), emb)
             x = F.interpolate(x, scale_factor=2.0) if skips else x           # H, W doubled
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.fold)[..., :h, :w]
 
 
-BINS = 32                       # the running eps-loss of training is kept in this many bins of t
-
-
-def loss_bin(t: Tensor, t_max: int) -> Tensor:
-    """The bin of t (1..t_max) in the running eps-loss."""
-    return (t - 1).clamp(0, t_max - 1) * BINS // t_max
-
-
 class Prior(nn.Module):
-    """A trained DDPM: network, schedule, the largest t it knows, its running eps-loss L by bin.
+    """A trained DDPM: network, schedule, largest t it knows, running eps-loss L_t (length T+1).
 
-    r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0 at t = 0..T, since
-    x0_pred - x0 = -sigma_t (eps_pred - eps). forward(z, sigma): as a plain denoiser,
-    z = x + noise of level sigma to x0; `adapt` fine-tunes this.
+    r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0 at t, as x0_pred - x0 =
+    -sigma_t (eps_pred - eps); L is smoothed over 31 neighbours. forward(z, sigma): as a plain
+    denoiser, z = x + noise of level sigma to x0, which `adapt` fine-tunes.
     """
 
     def __init__(self, model: nn.Module, schedule: NoiseSchedule, t_max: int, eps_loss: Tensor):
         super().__init__()
         self.model, self.schedule, self.t_max = model, schedule, t_max
-        bins = loss_bin(torch.arange(schedule.T + 1), t_max)
-        self.r2 = schedule.sigma ** 2 * eps_loss.double()[bins]
+        smooth = F.avg_pool1d(eps_loss[None, 1:t_max + 1], 31, 1, 15, count_include_pad=False)
+        self.r2 = schedule.sigma ** 2 * F.pad(smooth[0], (1, schedule.T - t_max), value=1.0)
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
@@ -278,9 +263,7 @@ def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -
 def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSchedule,
                images: list, steps: int) -> Iterator[float]:
     """Algorithm 1 with t ~ U{1..t_max}; yields the loss of each step, updates state (new_state).
-
-    Neither learning rate nor EMA depends on `steps`, so that any run may be prolonged.
-    """
+    Neither learning rate nor EMA depends on `steps`, so that any run may be prolonged."""
     c, device = state["config"], next(model.parameters()).device
     opt = torch.optim.Adam(model.parameters(), lr=c["lr"], betas=(0.9, 0.99))
     gen = stream(c["seed"], TRAIN)
@@ -300,9 +283,7 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
         with torch.no_grad():               # averages the last tenth or so: Karras et al. 2024
             for p, q in zip(ema.parameters(), model.parameters()):
                 p.lerp_(q, 1 - (1 - 1 / step) ** 8)
-        for b, loss in zip(loss_bin(t, c["t_max"]), error.detach().mean((1, 2, 3)).cpu()):
-            state["count"][b] += 1
-            state["eps_loss"][b] += (loss - state["eps_loss"][b]) / state["count"][b].clamp(max=500)
+        state["eps_loss"][t] = state["eps_loss"][t].lerp(error.detach().mean((1, 2, 3)).cpu(), 0.2)
         state.update(step=step, optimiser=opt.state_dict(), rng=gen.get_state())
         yield error.mean().item()
 
@@ -359,7 +340,7 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
 class Task:
     """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None.
 
-    denoise: scale 1, no mask, sigma > 0. inpaint: scale 1, a mask. superres: scale s > 1.
+    denoise: sigma > 0, scale 1, no mask. Free of noise: inpaint (a mask), superres (scale s > 1).
     """
 
     name: str
@@ -403,10 +384,8 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 
 
 def estimate_sigma(y: Tensor) -> float:
-    """Noise level of y (N x C x H x W): median |finest diagonal Haar band| / 0.6745, in units of y.
-
-    Donoho & Johnstone 1994. 0 for an image of under 2 x 2 pixels.
-    """
+    """Noise level of y (N x C x H x W) in units of y: median |finest diagonal Haar band| / 0.6745
+    (Donoho & Johnstone 1994); 0 for an image of under 2 x 2 pixels."""
     if min(y.shape[-2:]) < 2:
         return 0.0
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
@@ -455,7 +434,7 @@ class HeldOut:
             self.y, self.val_y, self.bias = y * self.task.mask, y * out, 0.0
 
     def risk(self, xhat: Tensor) -> float:
-        """R: unbiased for the mean of (xhat - x)^2, for any xhat made without val_y."""
+        """R: unbiased for the mean of (A_val (xhat - x))^2, for any xhat made without val_y."""
         error = (self.val_task.forward(xhat) - self.val_y) ** 2
         return masked_mean(error, self.val_task.mask).item() - self.bias
 
@@ -493,25 +472,15 @@ class StopRule:
             self.square = self.square + (output ** 2 - old ** 2) / self.window
             full = len(self.outputs) == self.window
             return (self.square - self.mean ** 2).mean().item() if full else math.inf
-        delta, first = output - self.mean, not torch.is_tensor(self.mean)
-        self.mean = output if first else self.mean + self.alpha * delta
-        self.var = 0.0 if first else (1 - self.alpha) * (
-            self.var + self.alpha * (delta ** 2).mean().item())
-        return math.inf if first else self.var
+        delta = output - self.mean
+        self.mean = self.mean + self.alpha * delta
+        self.var = (1 - self.alpha) * (self.var + self.alpha * (delta ** 2).mean().item())
+        return self.var
 
 
-@dataclass
-class FitStep:
-    """What fit_dip yields after each iteration; images 1 x C x H x W, detached."""
-
-    k: int                  # iterations done
-    iters: int              # and planned
-    s: float                # the rung
-    loss: float
-    average: Tensor         # exponential average of the outputs
-    risk: float             # R of the average; nan where nothing is held out
-    best: Tensor            # the answer so far
-    best_k: int             # and its iteration
+# What fit_dip yields after iteration k of iters: the rung s, the loss, the outputs' average
+# (1 x C x H x W), its held-out risk (nan if there is none), the answer so far, its iteration.
+FitStep = namedtuple("FitStep", "k iters s loss average risk best best_k")
 
 
 def turned(x: Tensor, g: int, back: bool = False) -> Tensor:
@@ -523,10 +492,8 @@ def turned(x: Tensor, g: int, back: bool = False) -> Tensor:
 
 
 def ladder(sigma: float, steps: int, rungs: int = 30) -> list:
-    """The noise level s of every step, in [-1, 1] units: `rungs` stairs falling geometrically.
-
-    From 3 to 0.4 times the observation's noise sigma; from 0.6 to 0.06 where there is none.
-    """
+    """The noise level s of every step: `rungs` stairs falling geometrically, from 3 to 0.4 times
+    the observation's noise sigma; from 0.6 to 0.06 ([-1, 1] units) where there is none."""
     high, low = (3 * sigma, 0.4 * sigma) if sigma > 0 else (0.6, 0.06)
     return [high * (low / high) ** (k * rungs // steps / (rungs - 1)) for k in range(steps)]
 
@@ -550,10 +517,8 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, 
             levels: list, average: Tensor, k: int, gen: torch.Generator,
             fixed: Tensor) -> Iterator[tuple]:
     """Down the ladder, one Adam step a level, after k steps; yields (k, s, loss, output, average).
-
-    The average of the outputs (exponential, over a tenth of the steps, 100 at most) is the answer;
-    at each new rung it becomes the estimate from which the next inputs are made.
-    """
+    The average (exponential, over a fifth of the steps, 100 at most) of the outputs is the answer;
+    at each new rung it becomes the estimate from which the next inputs are made."""
     lr, rung, estimate = opt.param_groups[0]["lr"], None, average
     for k, s in enumerate(levels, k + 1):
         if s != rung:
@@ -577,7 +542,7 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, method: str, y: Tensor, 
 
 def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str = "staged",
             stop: str = "holdout", iters: int = 1000, lr: float = 0.01, width: int = 32,
-            depth: int = 4, patience: int = 500, tail: float = 0.25,
+            depth: int = 4, patience: int = 1000, tail: float = 0.25,
             seed: int = 0) -> Iterator[FitStep]:
     """Fit a network to the one observation y (1 x C x h x w, y = A x + sigma n); yield each step.
 
@@ -587,7 +552,7 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
     for tail / (1 - tail) as many. Raises FloatingPointError when the loss is not finite.
     """
     gen, channels = stream(seed, FIT), y.shape[1]
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(seed, INIT).initial_seed())
     cin, skip = (32, 4) if METHODS[method][0] == "fixed" else (channels, 16)
     net = net or SkipNet(cin, channels, width, depth, skip)
     net = net.to(y.device, memory_format=torch.channels_last)
@@ -617,33 +582,29 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
 
 
 # ---- 7. Joining the two -----------------------------------------------------------------------
-def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float, y: Tensor,
-              task: Task) -> Tensor:
+def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float,
+              y: Tensor | None, task: Task) -> Tensor:
     """The DDPM's x0 at t, joined with the DIP by precision and with y by data consistency.
 
     The product of N(x0, r_t^2) and N(xhat, R) has mean (x0 / r_t^2 + xhat / R) / (1/r_t^2 + 1/R).
-    Then a proximal step towards A x = y, exact where y is free of noise; a noisy y has already
-    spoken through xhat and is not counted twice.
+    Then a proximal step towards A x = y, exact where y is noise-free. xhat, y: None to leave out.
     """
     x0, var = x0.clamp(-1, 1), r2[t].item()
     if xhat is not None:
-        x0 = (x0 * risk + xhat * var) / (risk + var)
-        var = var * risk / (var + risk)
-        if task.sigma > 0:
-            return x0
-    return task.project(x0, y, var / (var + task.sigma ** 2))
+        x0, var = (x0 * risk + xhat * var) / (risk + var), var * risk / (var + risk)
+    return x0 if y is None else task.project(x0, y, var / (var + task.sigma ** 2))
 
 
-def reverse(prior: Prior, y: Tensor, task: Task, start: Tensor, t0: int, *,
-            guide: Tensor | None = None, risk: float = 0.0, steps: int = 20, eta: float = 0.0,
-            samples: int = 4, seed: int = 0) -> Tensor:
-    """Noise `start` (1 x C x H x W) to t0, then go back to t = 0: samples x C x H x W.
-
-    guide: the DIP's output, `risk` its error's variance; or None. Sample i: seed + i alone.
-    """
+def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, *,
+            sigma: float = 0.0, guide: Tensor | None = None, risk: float = 0.0, steps: int = 20,
+            eta: float = 0.0, samples: int = 4, seed: int = 0) -> Tensor:
+    """Noise `start` (1 x C x H x W, of noise level sigma already) to t0, then go back to t = 0:
+    samples x C x H x W. guide: the DIP's output, `risk` its error's variance; y: for the data
+    consistency; or None. Sample i depends on seed + i alone."""
     gens = [stream(seed + i, SAMPLE) for i in range(samples)]
-    x0 = start.expand(samples, -1, -1, -1)
-    xt = q_sample(prior.schedule, x0, torch.full((samples,), t0), noise(x0.shape, gens).to(x0))
+    added = math.sqrt(max(prior.schedule.sigma[t0].item() ** 2 - sigma ** 2, 0))
+    z = start + added * noise(torch.Size([samples, *start.shape[1:]]), gens).to(start)
+    xt = z * prior.schedule.abar[t0].sqrt().item()                   # x_t0 ~ q(x_t0 | x) or xhat
     refine = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=max(risk, 1e-8), y=y,
                                task=task)
     return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, refine)
@@ -751,8 +712,7 @@ def figure(panels: list, x: Tensor | None = None) -> Image.Image:
     """Pictures in up to 6 columns: (title, 1 x C x H x W); below each its PSNR to the clean x."""
     h, w = panels[0][1].shape[-2:]
     zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
-    w, h, gap, bar = w * zoom, h * zoom, 8, 26
-    rows = -(-len(panels) // columns)
+    w, h, gap, bar, rows = w * zoom, h * zoom, 8, 26, math.ceil(len(panels) / columns)
     page = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + 2 * bar) + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(9, min(17, w // 13)))
     for i, (title, image) in enumerate(panels):
@@ -766,10 +726,8 @@ def figure(panels: list, x: Tensor | None = None) -> Image.Image:
 
 
 class Progress:
-    """Runs through steps, showing one line with rate and time left; silent without a terminal.
-
-    The first Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills.
-    """
+    """Runs through steps, with one line of rate and time left if stdout is a terminal. The first
+    Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills."""
 
     def __init__(self, what: str, steps: Iterator):
         self.what, self.steps, self.stopped = what, steps, False
@@ -803,8 +761,8 @@ def from_8bit(sigma: float) -> float:
     return 2 * sigma / 255
 
 
-def parse_task(text: str) -> tuple:
-    """'denoise:25' to ('denoise', 25.0); without a number, None."""
+def observe(args: Namespace, path: str, text: str) -> tuple:
+    """(clean x or None, observation y, Task) of one photo; tensors 1 x C x h x w, args.device."""
     name, _, number = text.partition(":")
     try:
         value = float(number) if number else None
@@ -812,15 +770,10 @@ def parse_task(text: str) -> tuple:
         value = math.nan
     good = {"denoise": value is None or 0 < value <= 255,
             "inpaint": value is None or 0 < value < 1, "superres": value in (2, 3, 4, 6, 8)}
-    return (name, value) if good.get(name) else fail(
-        f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
-        "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
-
-
-def observe(args: argparse.Namespace, path: str, text: str) -> tuple:
-    """(clean x or None, observation y, Task) of one photo; tensors 1 x C x h x w, args.device."""
-    (name, value), image = parse_task(text), load_image(path)
-    scale = int(value) if name == "superres" else 1
+    if not good.get(name):
+        fail(f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
+             "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
+    image, scale = load_image(path), int(value) if name == "superres" else 1
     image, unit = F.avg_pool2d(image, 2) if args.halve else image, 1 if args.observed else scale
     h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
     if min(h, w) == 0:
@@ -841,7 +794,7 @@ def observe(args: argparse.Namespace, path: str, text: str) -> tuple:
     return image, y + task.sigma * n, task
 
 
-def known_pixels(args: argparse.Namespace, share: float | None, image: Tensor) -> Tensor:
+def known_pixels(args: Namespace, share: float | None, image: Tensor) -> Tensor:
     """The mask of inpaint, 1 x 1 x h x w: from --mask, or random with `share` missing."""
     if args.mask:
         mask = (load_image(args.mask, "--mask").mean(1, keepdim=True) > 0).float()
@@ -857,18 +810,16 @@ def known_pixels(args: argparse.Namespace, share: float | None, image: Tensor) -
 
 
 # ---- 11. The commands -------------------------------------------------------------------------
-def run_fit(args: argparse.Namespace, y: Tensor, task: Task, x: Tensor | None,
+def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None,
             prior: Prior | None) -> tuple:
-    """fit_dip as the flags say, with progress and a log; Ctrl-C keeps the best so far.
-
-    Returns (last FitStep, log rows, seconds, interrupted). Only the log reads the clean x.
-    """
+    """fit_dip as the flags say: (last FitStep, log rows, seconds, interrupted). Ctrl-C keeps the
+    best so far. Only the log reads the clean x."""
     iters, lr = (ADAPT_ITERS, 5e-4) if args.method == "adapt" else (
         BRIEF_ITERS if args.init else DIP_ITERS[task.sigma > 0], 0.01)
     options = dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
                    width=args.width or 32, depth=args.depth, seed=args.seed)
-    net = prior if args.method == "adapt" else None
-    rows, steps = [], Progress("DIP", fit_dip(y, task, net, **options))
+    rows, net = [], prior if args.method == "adapt" else None
+    steps = Progress("DIP", fit_dip(y, task, net, **options))
     try:
         for last in steps:
             if last.k % 20 == 0 or last.k <= 1:
@@ -882,31 +833,30 @@ def run_fit(args: argparse.Namespace, y: Tensor, task: Task, x: Tensor | None,
     return last, rows, steps.seconds, steps.stopped
 
 
-def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
-            prior: Prior | None) -> dict:
+def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Prior | None) -> dict:
     """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both.
-
-    Returns the answer `image`, all `samples`, the DIP's output or None, log rows and metrics.
-    """
+    Returns the answer `image`, all `samples`, the DIP's output or None, log rows and metrics."""
     begin, seen, dip, risk, stopped = time.monotonic(), task.interpolate(y), None, None, False
     more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
     if args.init in (None, "dip"):
         last, rows, seconds, stopped = run_fit(args, y, task, x, prior)
         more = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=seconds)
         dip, risk = last.best, None if math.isnan(last.risk) else last.risk
-    image = samples = dip
+    image, samples, middle = dip, dip, time.monotonic()
     if args.init:
-        middle, channels = time.monotonic(), prior.model.channels
+        channels = prior.model.channels
         guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
-        t0 = args.start or prior.schedule.start_t(guess)
-        t0 = prior.schedule.T if args.init == "noise" else t0
+        t0 = prior.schedule.T if args.init == "noise" else args.start
+        t0 = t0 or prior.schedule.start_t(guess)
         if t0 > prior.t_max:
             print(f"start t0 {t0} lowered to {prior.t_max}, the most that this prior has learnt")
             t0 = prior.t_max
-        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (
-            y, seen if dip is None else dip, None if args.no_guide else dip)]   # grey to colour
+        told = task.sigma > 0 and args.init != "noise"         # noisy y speaks through the start
+        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (None if told else y,
+                seen if dip is None else dip, None if args.no_guide else dip)]  # grey to colour
         samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=guess,
-                          steps=args.steps, eta=args.eta, samples=args.samples, seed=args.seed)
+                          sigma=task.sigma if args.init == "observed" else 0.0, steps=args.steps,
+                          eta=args.eta, samples=args.samples, seed=args.seed)
         samples = samples.mean(1, keepdim=True) if y.shape[1] < channels else samples
         image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
         rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
@@ -921,16 +871,14 @@ def restore(args: argparse.Namespace, x: Tensor | None, y: Tensor, task: Task,
     return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=metrics, stopped=stopped)
 
 
-def prepare(args: argparse.Namespace) -> tuple:
-    """(clean x or None, y, Task, Prior or None) for fit-dip or sample, and unset flags filled in.
-
-    The unconditional grid is the restoration of an image of which no pixel was observed.
-    """
+def prepare(args: Namespace) -> tuple:
+    """(clean x or None, y, Task, Prior or None) for fit-dip or sample; fills in unset flags. The
+    unconditional grid is the restoration of an image of which no pixel was observed."""
     kind = "none" if args.init == "noise" else "dip"
     grid = kind == "none" and args.image is None and args.task is None
     args.samples = args.samples or (16 if grid else 4)
     args.steps = args.steps or (100 if kind == "none" else 20)
-    args.size = args.size or (128 if args.image is None else None)
+    args.size = args.size or (64 if grid else 128 if args.image is None else None)
     args.image = args.image or os.path.join(PHOTOS, "test", "astronaut.png")
     if grid:
         prior = load_prior(args, kind, 1)
@@ -942,7 +890,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     return x, y, task, load_prior(args, kind, y.shape[1]) if needed else None
 
 
-def cmd_restore(args: argparse.Namespace) -> int:
+def cmd_restore(args: Namespace) -> int:
     """fit-dip and sample."""
     x, y, task, prior = prepare(args)
     how = f"{args.method}, stop {args.stop}" if not args.init else (
@@ -956,7 +904,8 @@ def cmd_restore(args: argparse.Namespace) -> int:
     panels = [(title, v) for title, v in panels + [("clean", x)] if v is not None]
     if task.name == "grid":
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(r["samples"])]
-        r["image"] = torch.cat(list(r["samples"]), 2)[None]
+        columns = r["samples"].chunk(4 if args.samples % 4 == 0 else 1)
+        r["image"] = torch.cat([torch.cat(list(column), 1) for column in columns], 2)[None]
     for name, data in (("result.png", to_image(r["image"])), ("sample.png", to_image(r["samples"])),
                        ("figure.png", figure(panels, x)), ("log.csv", r["rows"]),
                        ("metrics.json", r["metrics"])):
@@ -997,7 +946,7 @@ def load_state(path: str, flag: str) -> dict:
         fail(f"{flag}: {path} is no whole checkpoint ({str(e).strip()[:80]}); train one")
 
 
-def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
+def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one of this kind, trained on the spot when missing."""
     path = args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
     if not args.ckpt and not os.path.exists(path):
@@ -1006,64 +955,64 @@ def load_prior(args: argparse.Namespace, kind: str, channels: int) -> Prior:
             raise KeyboardInterrupt
     state = load_state(path, "--ckpt")
     c, model = state["config"], UNet(**state["config"]["unet"]).to(args.device)
+    model.load_state_dict(state["ema"])
     if model.channels < channels:
         fail(f"--ckpt: {path} is a prior for grey images; train one on colour photos")
     if kind == "none" and c["t_max"] < c["T"]:
         fail(f"--ckpt: {path} knows only t <= {c['t_max']}; train --prior none, or use --init dip")
-    model.load_state_dict(state["ema"])
-    schedule = NoiseSchedule(c["T"], c["schedule"])
-    return Prior(model, schedule, c["t_max"], state["eps_loss"])
+    return Prior(model, NoiseSchedule(c["T"], c["schedule"]), c["t_max"], state["eps_loss"])
 
 
-def new_state(args: argparse.Namespace, channels: int, patch: int) -> dict:
+def new_state(args: Namespace, channels: int, patch: int) -> dict:
     """A checkpoint before its first step: a plain dict that weights_only=True can read."""
     schedule = NoiseSchedule(1000, args.schedule)
     t_max = args.t_max or (
         schedule.start_t(from_8bit(50) ** 2) if args.prior == "dip" else schedule.T)
-    unet = dict(channels=channels, width=args.width or 48, blocks=args.blocks,
-                attention=args.attention)
+    unet = dict(channels=channels, width=args.width or 48, attention=args.attention)
     config = dict(unet=unet, T=schedule.T, schedule=args.schedule, prior=args.prior, patch=patch,
                   t_max=t_max, batch=args.batch, lr=args.lr or 1e-3, seed=args.seed)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(**unet).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None,
-                eps_loss=torch.ones(BINS), count=torch.zeros(BINS))
+                eps_loss=torch.ones(schedule.T + 1))
 
 
-def cmd_train(args: argparse.Namespace) -> int:
+def cmd_train(args: Namespace) -> int:
     path = os.path.join(args.out, f"{args.prior}.pt")
     images, patch = load_data(args.data, args.patch)
-    channels = len(images[0])
-    state = load_state(path, "--resume") if args.resume else new_state(args, channels, patch)
-    c, net, ema = state["config"], *(UNet(**state["config"]["unet"]) for _ in range(2))
-    if net.channels != channels:
-        fail(f"--data: images of {channels} channels, and the checkpoint has {net.channels}")
+    state = load_state(path, "--resume") if args.resume else new_state(args, len(images[0]), patch)
+    c, (net, ema) = state["config"], (UNet(**state["config"]["unet"]).to(args.device)
+                                      for _ in range(2))
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    net, ema = net.to(args.device), ema.to(args.device)
+    if net.channels != len(images[0]):
+        fail(f"--data: images of {len(images[0])} channels, the checkpoint has {net.channels}")
+    if state["step"] >= args.steps:
+        fail(f"--steps: {path} has {state['step']} steps already; ask for more")
     banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, "
                  f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}", net)
     rows, steps = [], Progress("DDPM", train_ddpm(
         state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
     for loss in steps:
-        step, quarters = state["step"], state["eps_loss"].view(4, -1).mean(1).tolist()
-        steps.show(step, args.steps, "loss by quarter of t: %.3f %.3f %.3f %.3f" % (*quarters,))
+        step, running = state["step"], state["eps_loss"][1:c["t_max"] + 1]
+        quarters = {f"loss_quarter{i}": v.mean().item() for i, v in enumerate(running.chunk(4), 1)}
+        steps.show(step, args.steps, "loss by quarter of t: " + " ".join(
+            f"{v:.3f}" for v in quarters.values()))
         if not math.isfinite(loss):
             fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
         if step % 50 == 0 or step == args.steps:
-            rows.append(dict(step=step, seconds=steps.seconds, loss=loss) | {
-                f"loss_quarter{i}": v for i, v in enumerate(quarters, 1)})
+            rows.append(dict(step=step, seconds=steps.seconds, loss=loss) | quarters)
         if step % 500 == 0 or step == args.steps or steps.stopped:
             save(path, state | dict(model=net.state_dict(), ema=ema.state_dict()))
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
-        psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds, step=state["step"],
-        t_max=c["t_max"], eps_loss=state["eps_loss"].mean().item()))
-    print(f"{state['step']} steps in {steps.seconds:.0f} s -> {path}", flush=True)
+        psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds, step=step,
+        t_max=c["t_max"], eps_loss=running.mean().item()))
+    print(f"{step} steps in {steps.seconds:.0f} s -> {path}", flush=True)
     return 130 if steps.stopped else 0
 
 
-def banner(args: argparse.Namespace, text: str, net: nn.Module | None = None):
+def banner(args: Namespace, text: str, net: nn.Module | None = None):
     """What was chosen, in one line."""
     size = f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters" if net else ""
     print(f"{args.command}: {text}{size} | {args.device}, {torch.get_num_threads()} threads, "
@@ -1088,7 +1037,7 @@ SUITES = {      # tasks, and the arms: what stands in the table is what the comm
         "noise-init, 200 steps": "sample --init noise --steps 200"})}
 
 
-def evaluate_photo(args: argparse.Namespace, arms: dict, flags: list) -> list:
+def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
     """Run every arm on one photo and task; a dict for each. oracle: the best PSNR that the fit's
     average passed through (only metrics know it); equal: its PSNR at the first arm's seconds."""
     rows = []
@@ -1126,7 +1075,7 @@ def markdown(rows: list) -> str:
     return "\n".join(table) + "\n"
 
 
-def cmd_evaluate(args: argparse.Namespace) -> int:
+def cmd_evaluate(args: Namespace) -> int:
     files = photos(args.images, "--images")[:1 if args.quick else None]
     shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve
     shared += ["--size", "32", "--iters", "20"] if args.quick else []
@@ -1161,8 +1110,8 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
      "%d; sample %d)" % (DIP_ITERS[1], DIP_ITERS[0], ADAPT_ITERS, BRIEF_ITERS)),
     (BOTH, "--depth", 4, (int, 1, 8), "levels of the DIP's hourglass"),
     (BOTH, "--ckpt", None, None, "prior (runs/train/*.pt, trained if missing)"),
-    ("fit-dip", "--method", "staged", [*METHODS], "the arm"),
-    ("fit-dip", "--stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "fixed: all --iters"),
+    (BOTH, "--method", "staged", [*METHODS], "of the DIP: network input and target"),
+    (BOTH, "--stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "of the DIP (fixed: --iters)"),
     ("sample", "--init", "noise", ["noise", "observed", "dip"], "what the DDPM starts from"),
     ("sample", "--start", None, (int, 1, 1000), "t0, or auto: the start rule (auto)"),
     ("sample", "--steps", None, (int, 1, 1000), "reverse steps (20; from noise 100)"),
@@ -1176,7 +1125,6 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     ("train", "--steps", TRAIN_STEPS, (int, 1, 10 ** 8), "training steps"),
     ("train", "--batch", 16, (int, 1, 4096), "patches a step"),
     ("train", "--patch", 48, (int, 4, 1024), "side of the patches, pixels"),
-    ("train", "--blocks", 1, (int, 1, 8), "residual blocks a level"),
     ("train", "--attention", False, True, "self-attention, for data sets of whole small images"),
     ("train", "--resume", False, True, "go on from the checkpoint in --out"),
     ("evaluate", "--images", os.path.join(PHOTOS, "test"), None, "folder of photos"),
@@ -1186,7 +1134,7 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     (BOTH + " train", "--lr", None, (float, 1e-9, 10), "Adam's (DIP 0.01, adapt 5e-4, DDPM 1e-3)"),
     (BOTH + " evaluate", "--halve", False, True, "first average 2x2 pixels of the photo"),
     (BOTH + " evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop, pixels a side (all of "
-     "--image; 128 for shipped photos, grids and tables)"),
+     "--image; 128 for shipped photos and tables, 64 for grids)"),
     (BOTH + " train evaluate", "--seed", 0, (int, 0, 10 ** 9), "of all that is random"),
     (BOTH + " train evaluate", "--device", "auto", ["auto", "cpu", "cuda", "mps"], "where to run"),
     (BOTH + " train evaluate", "--out", None, None, "folder for what is written (runs/COMMAND)"),
@@ -1201,12 +1149,12 @@ def in_range(kind, low, high, text: str):
         value = math.nan
     if value is None or low <= value <= high:
         return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
+    raise ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """The four commands with their FLAGS."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in (
         ("fit-dip", "fit a Deep Image Prior to one photo; it stops by itself"),
@@ -1224,11 +1172,9 @@ def make_parser() -> argparse.ArgumentParser:
         options["help"] += f" ({default})" if kind is not True and default is not None else ""
         for name in names.split():
             parsers[name].add_argument(flag, **options)
-    unset = dict(method="staged", stop="holdout", init=None, no_guide=False, samples=None,
-                 steps=None)
-    for p in (parser, *parsers.values()):       # one-line errors; flags that a command lacks
-        p.error = fail
-        p.set_defaults(**{k: v for k, v in unset.items() if p.get_default(k) is None})
+    parsers["fit-dip"].set_defaults(init=None, no_guide=False, samples=None, steps=None)
+    for p in (parser, *parsers.values()):
+        p.error = fail                                                      # one line
     return parser
 
 
@@ -1242,10 +1188,9 @@ def main(argv: list | None = None) -> int:
     args.device, args.out = torch.device(name), args.out or os.path.join("runs", args.command)
     save(os.path.join(args.out, ".writable"), "")
     os.remove(os.path.join(args.out, ".writable"))
-    commands = {"fit-dip": cmd_restore, "sample": cmd_restore, "train": cmd_train,
-                "evaluate": cmd_evaluate}
+    command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)
     try:
-        return commands[args.command](args)
+        return command(args)
     except KeyboardInterrupt:
         return 130
 
