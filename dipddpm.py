@@ -338,10 +338,8 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
 # ---- 5. Tasks: y = A x + sigma n with A = mask o (s x s mean) ---------------------------------
 @dataclass
 class Task:
-    """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None.
-
-    denoise: sigma > 0, scale 1, no mask. Free of noise: inpaint (a mask), superres (scale s > 1).
-    """
+    """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None. Either
+    with noise (denoise: scale 1, no mask) or without: inpaint (a mask), superres (scale > 1)."""
 
     name: str
     sigma: float = 0.0
@@ -406,9 +404,8 @@ METHODS = {                 # input of the network, target of the loss
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of values (1 x C x h x w) over the pixels where mask (1 x 1 x h x w, or None) is 1."""
-    if mask is None:
-        return values.mean()
-    return (values * mask).sum() / (mask.sum() * values.shape[1]).clamp(min=1)
+    return values.mean() if mask is None else (values * mask).sum() / (
+        mask.sum() * values.shape[1]).clamp(min=1)
 
 
 class HeldOut:
@@ -478,8 +475,7 @@ class StopRule:
         return self.var
 
 
-# What fit_dip yields after iteration k of iters: the rung s, the loss, the outputs' average
-# (1 x C x H x W), its held-out risk (nan if there is none), the answer so far, its iteration.
+# After iteration k: rung s, loss, the outputs' average, its risk (or nan), the answer so far.
 FitStep = namedtuple("FitStep", "k iters s loss average risk best best_k")
 
 
@@ -709,7 +705,7 @@ def photos(folder: str, flag: str) -> list:
 
 
 def figure(panels: list, x: Tensor | None = None) -> Image.Image:
-    """Pictures in up to 6 columns: (title, 1 x C x H x W); below each its PSNR to the clean x."""
+    """Pictures (title, 1 x C x H x W), up to 6 a row; below each its PSNR to the clean x."""
     h, w = panels[0][1].shape[-2:]
     zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
     w, h, gap, bar, rows = w * zoom, h * zoom, 8, 26, math.ceil(len(panels) / columns)
@@ -771,8 +767,8 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     good = {"denoise": value is None or 0 < value <= 255,
             "inpaint": value is None or 0 < value < 1, "superres": value in (2, 3, 4, 6, 8)}
     if not good.get(name):
-        fail(f"--task: {text!r} is none of denoise:SIGMA (0 < SIGMA <= 255, 8-bit units), "
-             "inpaint:SHARE (0 < SHARE < 1 of the pixels missing), superres:2|3|4|6|8")
+        fail(f"--task: {text!r} is none of denoise:SIGMA (above 0, at most 255), inpaint:SHARE "
+             "(of the pixels missing, between 0 and 1), superres:2|3|4|6|8")
     image, scale = load_image(path), int(value) if name == "superres" else 1
     image, unit = F.avg_pool2d(image, 2) if args.halve else image, 1 if args.observed else scale
     h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
@@ -1038,22 +1034,27 @@ SUITES = {      # tasks, and the arms: what stands in the table is what the comm
 
 
 def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
-    """Run every arm on one photo and task; a dict for each. oracle: the best PSNR that the fit's
-    average passed through (only metrics know it); equal: its PSNR at the first arm's seconds."""
-    rows = []
+    """Run every arm on one photo and task; a dict for each, and a figure. oracle: the best PSNR
+    that the fit's average passed through; equal: its PSNR at the first arm's seconds."""
+    rows, panels = [], []
     for arm, line in arms.items():
         given = make_parser().parse_args(line.split() + flags)
         given.device = args.device
-        r = restore(given, *prepare(given))
+        x, y, task, prior = prepare(given)
+        r = restore(given, x, y, task, prior)
+        panels.append((arm, r["image"]))
         m, log = r["metrics"], [] if given.init else r["rows"]
         limit = rows[0]["seconds"] if rows else math.inf
+        photo = os.path.splitext(os.path.basename(given.image))[0]
         rows.append(dict(
-            task=given.task, photo=os.path.basename(given.image), seed=given.seed, arm=arm,
-            psnr=m["psnr"], ssim=m["ssim"], seconds=m["seconds"],
+            task=given.task, photo=photo, seed=given.seed, arm=arm, psnr=m["psnr"],
+            ssim=m["ssim"], seconds=m["seconds"],
             oracle=max([v["psnr"] for v in log], default=math.nan),
             equal=([v["psnr"] for v in log if v["seconds"] <= limit] or [math.nan])[-1],
             sample=m.get("psnr_sample") or math.nan, calls=m.get("nfe", 0), t0=m.get("t0", 0),
             stop=m["stop_iter"], observed=m["psnr_observed"]))
+    panels = [("observed", task.interpolate(y)), *panels, ("clean", x)]
+    save(os.path.join(args.out, f"{photo}-{given.task.replace(':', '-')}.png"), figure(panels, x))
     return rows
 
 
@@ -1089,7 +1090,7 @@ def cmd_evaluate(args: Namespace) -> int:
                 "--image", path, "--task", task, "--seed", str(args.seed + seed)])
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
-            print(os.path.basename(path), task, " | ".join(
+            print(rows[-1]["photo"], task, " | ".join(
                 f"{r['arm']} {r['psnr']:.2f}" for r in rows[-len(arms):]), flush=True)
         print(markdown(rows))
     return 0
@@ -1106,8 +1107,7 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
      "superres:SCALE (denoise:25; sample superres:4; evaluate all)"),
     (BOTH, "--observed", False, True, "--image is degraded already; denoise estimates the noise"),
     (BOTH, "--mask", None, None, "for inpaint: picture of the image's size, white = known"),
-    (BOTH, "--iters", None, (int, 2, 10 ** 7), "DIP iterations (denoise %d; noise-free %d; adapt "
-     "%d; sample %d)" % (DIP_ITERS[1], DIP_ITERS[0], ADAPT_ITERS, BRIEF_ITERS)),
+    (BOTH, "--iters", None, (int, 2, 10 ** 7), "of the DIP (1000 with noise, 400, or 200 to 250)"),
     (BOTH, "--depth", 4, (int, 1, 8), "levels of the DIP's hourglass"),
     (BOTH, "--ckpt", None, None, "prior (runs/train/*.pt, trained if missing)"),
     (BOTH, "--method", "staged", [*METHODS], "of the DIP: network input and target"),
