@@ -451,7 +451,7 @@ class StopRule:
     def update(self, k: int, output: Tensor, risk: float) -> bool:
         """True when `output` of iteration k is the best so far; sets done: patience has run out."""
         if self.kind in ("wmv", "emv"):
-            self.score = self.moving_variance(output.double())
+            self.score = self.moving_variance(output.cpu().double())
         else:
             self.score = risk if self.kind == "holdout" else -float(k)
         better = self.score < self.best
@@ -609,7 +609,7 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
 # ---- 8. Metrics -------------------------------------------------------------------------------
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images."""
-    mse = ((a.double() - b.double()) ** 2).mean().item()
+    mse = ((a.cpu().double() - b.cpu().double()) ** 2).mean().item()
     return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf
 
 
@@ -621,8 +621,8 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
-    a, b = (v.double().flatten(0, 1)[:, None] for v in (a, b))
-    g = torch.exp(-torch.arange(-5, 6, device=a.device, dtype=a.dtype) ** 2 / (2 * 1.5 ** 2))
+    a, b = (v.cpu().double().flatten(0, 1)[:, None] for v in (a, b))
+    g = torch.exp(-torch.arange(-5, 6, dtype=a.dtype) ** 2 / (2 * 1.5 ** 2))
     g = torch.outer(g, g)[None, None] / g.sum() ** 2
     ma, mb, aa, bb, ab = (F.conv2d(v, g) for v in (a, b, a * a, b * b, a * b))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -843,7 +843,7 @@ def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Pri
         channels = prior.model.channels
         guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
         t0 = prior.schedule.T if args.init == "noise" else args.start
-        t0 = t0 or prior.schedule.start_t(guess)
+        t0 = t0 or prior.schedule.start_t(guess, 1.0 if risk is None else 0.5)
         if t0 > prior.t_max:
             print(f"start t0 {t0} lowered to {prior.t_max}, the most that this prior has learnt")
             t0 = prior.t_max

@@ -583,6 +583,19 @@ def test_fit_dip(tmp_path, photo, priors, extra):
     assert code == 0 and (m["psnr"] is None) == ("--observed" in extra)
 
 
+def test_ctrl_c_keeps_the_best_so_far(tmp_path, photo, monkeypatch):
+    def interrupted(*args, **options):
+        for step in original(*args, **options):
+            if step.k == 3:
+                os.kill(os.getpid(), 2)
+            yield step
+
+    original = D.fit_dip
+    monkeypatch.setattr(D, "fit_dip", interrupted)
+    assert run("fit-dip", "--image", photo, "--iters", 50, "--out", tmp_path) == 130
+    assert outputs(tmp_path, FIT_KEYS)["iters"] == 3
+
+
 def test_fit_dip_with_a_mask_file(tmp_path, photo):
     mask = np.full((16, 16), 255, np.uint8)
     mask[4:8, 4:8] = 0
