@@ -845,11 +845,12 @@ def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Pri
         t0 = prior.schedule.T if args.init == "noise" else args.start
         t0 = t0 or prior.schedule.start_t(guess, 1.0 if risk is None else 0.5)
         if t0 > prior.t_max:
-            print(f"start t0 {t0} lowered to {prior.t_max}, the most that this prior has learnt")
+            print(f"--start: t0 {t0} lowered to {prior.t_max}, the most that this prior knows")
             t0 = prior.t_max
         told = task.sigma > 0 and args.init != "noise"         # noisy y speaks through the start
-        wide = [v if v is None else v.expand(-1, channels, -1, -1) for v in (None if told else y,
-                seen if dip is None else dip, None if args.no_guide else dip)]  # grey to colour
+        start = 0 * seen if args.init == "noise" else seen if dip is None else dip
+        wide = [v if v is None else v.expand(-1, channels, -1, -1)              # grey to colour
+                for v in (None if told else y, start, None if args.no_guide else dip)]
         samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=guess,
                           sigma=task.sigma if args.init == "observed" else 0.0, steps=args.steps,
                           eta=args.eta, samples=args.samples, seed=args.seed)

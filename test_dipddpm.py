@@ -468,6 +468,18 @@ def test_a_noisy_start_gets_only_the_missing_noise(monkeypatch):
         assert xt.std().item() == pytest.approx(math.sqrt(1 - abar), rel=0.03)
 
 
+def test_noise_init_starts_from_noise_alone(priors, photo, monkeypatch):
+    starts = []
+    monkeypatch.setattr(D, "ddim_sample", lambda m, s, xt, *rest: starts.append(xt) or xt)
+    flags = ["sample", "--init", "noise", "--ckpt", str(priors / "none.pt"), "--image"]
+    for path in (photo, photo.with_name("other.png")):
+        D.to_image(-smooth_image() if path != photo else smooth_image()).save(path)
+        args = D.make_parser().parse_args(flags + [str(path)])
+        args.device = torch.device("cpu")
+        D.restore(args, *D.prepare(args))
+    assert torch.equal(*starts) and starts[0].std().item() == pytest.approx(1, rel=0.05)
+
+
 def test_guidance_is_the_product_of_two_gaussians():
     r2, risk, one = torch.full((11,), 0.04), 0.01, torch.full((1, 1, 2, 2), 0.8)
     got = D.refine_x0(one, 5, r2=r2, xhat=one * 0, risk=risk, y=None, task=D.Task("d", sigma=0.1))
