@@ -55,10 +55,8 @@ def stream(seed: int, purpose: int) -> torch.Generator:
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
 class NoiseSchedule:
     """The variance schedule of a DDPM; t runs over 0..T and t = 0 is the clean image.
-
     kind: 'linear' (Ho et al. 2020: beta 1e-4..0.02, rescaled by 1000/T) or 'cosine' (Nichol &
-    Dhariwal 2021, eq. 17), else ValueError. betas, abar, sigma: float64 of length T+1.
-    """
+    Dhariwal 2021, eq. 17), else ValueError. betas, abar, sigma: float64 of length T+1."""
 
     def __init__(self, T: int = 1000, kind: str = "linear"):
         self.T, self.kind = T, kind
@@ -77,8 +75,7 @@ class NoiseSchedule:
     def start_t(self, risk: float, c: float = 1.0) -> int:
         """Where reverse diffusion starts: the smallest t0 >= 1 with sigma_t0 >= c sqrt(risk).
 
-        If risk is the mean of (x - xhat)^2: KL(q(x_t0 | x) || q(x_t0 | xhat)) <= d / (2 c^2).
-        """
+        If risk is the mean of (x - xhat)^2: KL(q(x_t0 | x) || q(x_t0 | xhat)) <= d / (2 c^2)."""
         t = int(torch.searchsorted(self.sigma, c * math.sqrt(max(risk, 0))))
         return min(max(t, 1), self.T)
 
@@ -127,10 +124,8 @@ def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequenti
 
 class SkipNet(nn.Module):
     """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 121k parameters.
-
     forward(x): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma, the noise level
-    of x, is not used: it is there for a Prior, which may take this network's place.
-    """
+    of x, is not used: it is there for a Prior, which may take this network's place."""
 
     def __init__(self, cin: int = 3, cout: int = 3, width: int = 32, depth: int = 4,
                  skip: int = 16):
@@ -183,11 +178,9 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """Time-conditioned residual U-Net eps_theta(x_t, t) (Ho et al. 2020, appendix B).
-
     forward(x, t): x N x channels x H x W of any size, t int64 (N), to N x channels x H x W.
     Works on fold x fold blocks of pixels (pixel_unshuffle), for speed. Fully convolutional unless
-    attention is set: trained on patches, it runs on any photo.
-    """
+    attention is set: trained on patches, it runs on any photo."""
 
     def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3),
                  attention: bool = False, fold: int = 2):
@@ -232,8 +225,7 @@ class Prior(nn.Module):
 
     r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0 at t, as x0_pred - x0 =
     -sigma_t (eps_pred - eps); L is smoothed over 31 neighbours. forward(z, sigma): as a plain
-    denoiser, z = x + noise of level sigma to x0, which `adapt` fine-tunes.
-    """
+    denoiser, z = x + noise of level sigma to x0, which `adapt` fine-tunes."""
 
     def __init__(self, model: nn.Module, schedule: NoiseSchedule, t_max: int, eps_loss: Tensor):
         super().__init__()
@@ -242,10 +234,11 @@ class Prior(nn.Module):
         self.r2 = schedule.sigma ** 2 * F.pad(smooth[0], (1, schedule.T - t_max), value=1.0)
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
-        t = min(self.schedule.start_t(sigma ** 2), self.t_max)
-        t = torch.full((len(z),), t, device=z.device)
-        xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * z
-        return predict_x0(self.schedule, xt, t, self.model(xt, t))
+        t = torch.full((len(z),), min(self.schedule.start_t(sigma ** 2), self.t_max)).to(z.device)
+        wide = z.expand(-1, self.model.channels, -1, -1)                     # a grey z to colour
+        xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * wide
+        x0 = predict_x0(self.schedule, xt, t, self.model(xt, t))
+        return x0.unflatten(1, (-1, z.shape[1])).mean(1)
 
 
 # ---- 3. Training the DDPM (Ho et al. Algorithm 1) ---------------------------------------------
@@ -306,8 +299,7 @@ def p_sample_loop(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int,
                   refine=None) -> Tensor:
     """Ancestral sampling from x_t to x_0 (Ho et al. Algorithm 2), t network calls.
 
-    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one an image; refine: section 7.
-    """
+    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one an image; refine: section 7."""
     for s in range(t, 0, -1):
         x0 = predicted_x0(model, schedule, xt, s, refine)
         xt, var = q_posterior(schedule, x0, xt, torch.full((len(xt),), s))
@@ -317,14 +309,13 @@ def p_sample_loop(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int,
 
 
 def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int,
-                gens: list, eta: float = 0.0, refine=None) -> Tensor:
+                gens: list, eta: float = 0.0, refine=None, wrap=iter) -> Tensor:
     """Reverse diffusion from x_t in at most `steps` network calls (Song et al. 2021, eq. 12).
 
-    eta 0 is deterministic (DDIM), eta 1 with steps = t is p_sample_loop. The last step adds no
-    noise: it returns the refined x0. Other arguments as in p_sample_loop.
-    """
+    eta 0 is deterministic (DDIM), eta 1 with steps = t is p_sample_loop. Returns the last x0, as
+    the last step adds no noise. wrap may watch, or cut short, the list of steps."""
     path = torch.linspace(t, 0, min(steps, t) + 1).round().long().tolist()   # t > ... > 0
-    for s, r in zip(path[:-1], path[1:]):
+    for s, r in wrap(list(zip(path[:-1], path[1:]))):
         abar, prev = schedule.abar[s].item(), schedule.abar[r].item()
         x0 = predicted_x0(model, schedule, xt, s, refine)
         eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
@@ -332,7 +323,7 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
         xt = math.sqrt(prev) * x0 + math.sqrt(max(1 - prev - std ** 2, 0)) * eps
         if std > 0:
             xt = xt + std * noise(xt.shape, gens).to(xt)
-    return xt
+    return x0
 
 
 # ---- 5. Tasks: y = A x + sigma n with A = mask o (s x s mean) ---------------------------------
@@ -392,7 +383,6 @@ def estimate_sigma(y: Tensor) -> float:
 
 
 # ---- 6. The DIP: one loop, two switches (input, target); the ladder of noise; when to stop ----
-
 METHODS = {                 # input of the network, target of the loss
     "staged": ("observed", "conjugate"),   # ours: the pair z1, z2, noise falling from rung to rung
     "dip": ("fixed", "plain"),             # Ulyanov et al. 2018
@@ -410,10 +400,8 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 class HeldOut:
     """Split an observation once, before the fit: (task, y) to see, (val_task, val_y) to score.
-
     With noise: y + a sigma w and y - sigma/a w, independent given x (Pang et al. 2021; Oliveira
-    et al. 2021). Without: `share` of the known pixels is set aside.
-    """
+    et al. 2021). Without: `share` of the known pixels is set aside."""
 
     def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25,
                  share: float = 0.1):
@@ -438,10 +426,8 @@ class HeldOut:
 
 class StopRule:
     """Every stop rule is a score to be minimised, with patience; none reads a clean image.
-
     holdout: the held-out risk. wmv, emv: the moving variance of the outputs, in a window or
-    exponential (Wang et al. 2023, Algorithms 1, 2). fixed: minus the iteration: newest is best.
-    """
+    exponential (Wang et al. 2023, Algorithms 1, 2). fixed: minus the iteration: newest is best."""
 
     def __init__(self, kind: str, patience: int = 1000, window: int = 100, alpha: float = 0.1):
         self.kind, self.patience, self.window, self.alpha = kind, patience, window, alpha
@@ -454,7 +440,7 @@ class StopRule:
             self.score = self.moving_variance(output.cpu().double())
         else:
             self.score = risk if self.kind == "holdout" else -float(k)
-        better = self.score < self.best
+        better = self.score < self.best or self.best == math.inf
         if better:
             self.best, self.best_k = self.score, k
         self.done = k - self.best_k >= self.patience
@@ -545,8 +531,7 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
     No parameter lets the clean image in. The last step's `best` is the answer. With 'holdout'
     the fit sees only its part of the split, until 1 - tail of the iterations are done or the risk
     has not fallen for `patience` of them; then it goes on from its best weights with all of y,
-    for tail / (1 - tail) as many. Raises FloatingPointError when the loss is not finite.
-    """
+    for tail / (1 - tail) as many. Raises FloatingPointError when the loss is not finite."""
     gen, channels = stream(seed, FIT), y.shape[1]
     torch.manual_seed(stream(seed, INIT).initial_seed())
     cin, skip = (32, 4) if METHODS[method][0] == "fixed" else (channels, 16)
@@ -574,14 +559,13 @@ def fit_dip(y: Tensor, task: Task, net: nn.Module | None = None, *, method: str 
     end = rule.best_k + round(rule.best_k * tail / (1 - tail))
     for k, s, loss, _, best in descend(net, opt, method, y, task, ladder(task.sigma, iters)[
             rule.best_k:end], best, rule.best_k, gen, fixed):
-        yield FitStep(k, end, s, loss, best, rule.best, best, k)
+        yield FitStep(k, end, s, loss, best, rule.best, best, rule.best_k)
 
 
 # ---- 7. Joining the two -----------------------------------------------------------------------
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float,
               y: Tensor | None, task: Task) -> Tensor:
     """The DDPM's x0 at t, joined with the DIP by precision and with y by data consistency.
-
     The product of N(x0, r_t^2) and N(xhat, R) has mean (x0 / r_t^2 + xhat / R) / (1/r_t^2 + 1/R).
     Then a proximal step towards A x = y, exact where y is noise-free. xhat, y: None to leave out.
     """
@@ -593,7 +577,7 @@ def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: floa
 
 def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, *,
             sigma: float = 0.0, guide: Tensor | None = None, risk: float = 0.0, steps: int = 20,
-            eta: float = 0.0, samples: int = 4, seed: int = 0) -> Tensor:
+            eta: float = 0.0, samples: int = 4, seed: int = 0, wrap=iter) -> Tensor:
     """Noise `start` (1 x C x H x W, of noise level sigma already) to t0, then go back to t = 0:
     samples x C x H x W. guide: the DIP's output, `risk` its error's variance; y: for the data
     consistency; or None. Sample i depends on seed + i alone."""
@@ -603,7 +587,7 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
     xt = z * prior.schedule.abar[t0].sqrt().item()                   # x_t0 ~ q(x_t0 | x) or xhat
     refine = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=max(risk, 1e-8), y=y,
                                task=task)
-    return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, refine)
+    return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, refine, wrap)
 
 
 # ---- 8. Metrics -------------------------------------------------------------------------------
@@ -615,10 +599,8 @@ def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
 
 def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """Structural similarity (Wang et al. 2004), mean over pixels, channels and images.
-
     a, b: N x C x H x W, H and W at least 11 (ValueError). Gaussian window 11, sigma 1.5, K1
-    0.01, K2 0.03, population covariance; borders without a whole window are left out.
-    """
+    0.01, K2 0.03, population covariance; borders without a whole window are left out."""
     if min(a.shape[-2:]) < 11:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
     a, b = (v.cpu().double().flatten(0, 1)[:, None] for v in (a, b))
@@ -658,7 +640,7 @@ def save(path: str, data):
         table.writeheader()
         table.writerows(data)
     elif isinstance(data, dict):
-        json.dump(data, text, indent=1)
+        text.write(json.dumps(data, indent=1).replace("Infinity", "null"))
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
@@ -740,6 +722,13 @@ class Progress:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def over(self, steps: list) -> Iterator:
+        """Runs through a list of steps, showing each."""
+        self.steps = steps
+        for k, step in enumerate(self, 1):
+            yield step
+            self.show(k, len(steps), "")
+
     def stop(self, *_):
         self.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -767,10 +756,13 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     good = {"denoise": value is None or 0 < value <= 255,
             "inpaint": value is None or 0 < value < 1, "superres": value in (2, 3, 4, 6, 8)}
     if not good.get(name):
-        fail(f"--task: {text!r} is none of denoise:SIGMA (above 0, at most 255), inpaint:SHARE "
-             "(of the pixels missing, between 0 and 1), superres:2|3|4|6|8")
+        fail(f"--task: {text!r} is none of denoise:SIGMA (0 to 255), inpaint:SHARE (of the pixels "
+             "missing, 0 to 1), superres:2|3|4|6|8")
+    if args.mask and name != "inpaint":
+        fail("--mask: it goes with --task inpaint; add that, or leave out the mask")
     image, scale = load_image(path), int(value) if name == "superres" else 1
-    image, unit = F.avg_pool2d(image, 2) if args.halve else image, 1 if args.observed else scale
+    image = F.avg_pool2d(image, 2, ceil_mode=True) if args.halve else image
+    unit = 1 if args.observed else scale
     h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
     if min(h, w) == 0:
         fail(f"--image: {path} is too small for --task {text}: it needs {unit} pixels a side")
@@ -806,15 +798,14 @@ def known_pixels(args: Namespace, share: float | None, image: Tensor) -> Tensor:
 
 
 # ---- 11. The commands -------------------------------------------------------------------------
-def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None,
-            prior: Prior | None) -> tuple:
+def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None) -> tuple:
     """fit_dip as the flags say: (last FitStep, log rows, seconds, interrupted). Ctrl-C keeps the
     best so far. Only the log reads the clean x."""
     iters, lr = (ADAPT_ITERS, 5e-4) if args.method == "adapt" else (
         BRIEF_ITERS if args.init else DIP_ITERS[task.sigma > 0], 0.01)
     options = dict(method=args.method, stop=args.stop, iters=args.iters or iters, lr=args.lr or lr,
                    width=args.width or 32, depth=args.depth, seed=args.seed)
-    rows, net = [], prior if args.method == "adapt" else None
+    rows, net = [], load_prior(args, "dip", y.shape[1]) if args.method == "adapt" else None
     steps = Progress("DIP", fit_dip(y, task, net, **options))
     try:
         for last in steps:
@@ -835,7 +826,7 @@ def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Pri
     begin, seen, dip, risk, stopped = time.monotonic(), task.interpolate(y), None, None, False
     more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
     if args.init in (None, "dip"):
-        last, rows, seconds, stopped = run_fit(args, y, task, x, prior)
+        last, rows, seconds, stopped = run_fit(args, y, task, x)
         more = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=seconds)
         dip, risk = last.best, None if math.isnan(last.risk) else last.risk
     image, samples, middle = dip, dip, time.monotonic()
@@ -851,9 +842,10 @@ def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Pri
         start = 0 * seen if args.init == "noise" else seen if dip is None else dip
         wide = [v if v is None else v.expand(-1, channels, -1, -1)              # grey to colour
                 for v in (None if told else y, start, None if args.no_guide else dip)]
+        bar = Progress("DDPM", ())
         samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=guess,
                           sigma=task.sigma if args.init == "observed" else 0.0, steps=args.steps,
-                          eta=args.eta, samples=args.samples, seed=args.seed)
+                          eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
         samples = samples.mean(1, keepdim=True) if y.shape[1] < channels else samples
         image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
         rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
@@ -865,13 +857,16 @@ def restore(args: Namespace, x: Tensor | None, y: Tensor, task: Task, prior: Pri
                    seconds=time.monotonic() - begin, risk=risk, sigma=task.sigma * 127.5,
                    task=task.name, init=args.init, method=args.method, stop=args.stop,
                    seed=args.seed) | more
-    return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=metrics, stopped=stopped)
+    return dict(image=image, samples=samples, dip=dip, rows=rows, metrics=metrics,
+                stopped=stopped or bool(args.init and bar.stopped))
 
 
 def prepare(args: Namespace) -> tuple:
     """(clean x or None, y, Task, Prior or None) for fit-dip or sample; fills in unset flags. The
     unconditional grid is the restoration of an image of which no pixel was observed."""
     kind = "none" if args.init == "noise" else "dip"
+    if args.image is None and (args.observed or args.mask):
+        fail("--image: --observed and --mask need the photo; name it with --image FILE")
     grid = kind == "none" and args.image is None and args.task is None
     args.samples = args.samples or (16 if grid else 4)
     args.steps = args.steps or (100 if kind == "none" else 20)
@@ -883,8 +878,7 @@ def prepare(args: Namespace) -> tuple:
         return None, y, Task("grid", mask=torch.zeros_like(y[:, :1])), prior
     default = "superres:4" if args.init else "denoise:25"
     x, y, task = observe(args, args.image, args.task or default)
-    needed = args.init or args.method == "adapt"
-    return x, y, task, load_prior(args, kind, y.shape[1]) if needed else None
+    return x, y, task, load_prior(args, kind, y.shape[1]) if args.init else None
 
 
 def cmd_restore(args: Namespace) -> int:
@@ -906,7 +900,8 @@ def cmd_restore(args: Namespace) -> int:
     for name, data in (("result.png", to_image(r["image"])), ("sample.png", to_image(r["samples"])),
                        ("figure.png", figure(panels, x)), ("log.csv", r["rows"]),
                        ("metrics.json", r["metrics"])):
-        save(os.path.join(args.out, name), data)
+        if args.init or name != "sample.png":
+            save(os.path.join(args.out, name), data)
     numbers = [f"{k} {v:.2f}" for k, v in r["metrics"].items()
                if isinstance(v, float) and k.startswith(("psnr", "ssim", "seconds"))]
     print(", ".join(numbers), f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
@@ -924,7 +919,8 @@ def load_data(path: str, patch: int) -> tuple:
             data = np.load(path, allow_pickle=False)
             data = data if isinstance(data, np.ndarray) else data[data.files[0]]
             arrays = data[..., None] if data.ndim == 3 else data
-            if data.dtype != np.uint8 or arrays.ndim != 4 or arrays.shape[3] not in (1, 3):
+            whole = data.size and data.dtype == np.uint8 and arrays.ndim == 4
+            if not whole or arrays.shape[3] not in (1, 3):
                 raise ValueError(f"it holds {data.dtype} of shape {data.shape}")
         except Exception as e:                          # numpy raises many kinds for bad files
             fail(f"--data: {path}: {e}; give a folder of pictures or uint8 N x H x W (x C) .npz")
@@ -948,8 +944,11 @@ def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
     path = args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
     if not args.ckpt and not os.path.exists(path):
         print(f"no prior yet: training {path} on images/train, once, {TRAIN_TIME} on two cores")
-        if main(["train", "--prior", kind, "--device", args.device.type]):
+        part = os.path.join("runs", "train", "part")        # a prior only when it is whole
+        more = ["--resume"] * os.path.exists(os.path.join(part, f"{kind}.pt"))
+        if main(["train", "--prior", kind, "--device", args.device.type, "--out", part] + more):
             raise KeyboardInterrupt
+        os.replace(os.path.join(part, f"{kind}.pt"), path)
     state = load_state(path, "--ckpt")
     c, model = state["config"], UNet(**state["config"]["unet"]).to(args.device)
     model.load_state_dict(state["ema"])
@@ -965,42 +964,43 @@ def new_state(args: Namespace, channels: int, patch: int) -> dict:
     schedule = NoiseSchedule(1000, args.schedule)
     t_max = args.t_max or (
         schedule.start_t(from_8bit(50) ** 2) if args.prior == "dip" else schedule.T)
-    unet = dict(channels=channels, width=args.width or 48, attention=args.attention)
+    unet = dict(channels=channels, width=(args.width or 48) // 8 * 8, attention=args.attention)
     config = dict(unet=unet, T=schedule.T, schedule=args.schedule, prior=args.prior, patch=patch,
                   t_max=t_max, batch=args.batch, lr=args.lr or 1e-3, seed=args.seed)
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(**unet).state_dict()
-    return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None,
+    return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None, log=[],
                 eps_loss=torch.ones(schedule.T + 1))
 
 
 def cmd_train(args: Namespace) -> int:
     path = os.path.join(args.out, f"{args.prior}.pt")
-    images, patch = load_data(args.data, args.patch)
-    state = load_state(path, "--resume") if args.resume else new_state(args, len(images[0]), patch)
+    state = load_state(path, "--resume") if args.resume else None
+    images, patch = load_data(args.data, state["config"]["patch"] if state else args.patch)
+    state = state or new_state(args, len(images[0]), patch)
     c, (net, ema) = state["config"], (UNet(**state["config"]["unet"]).to(args.device)
                                       for _ in range(2))
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    if net.channels != len(images[0]):
-        fail(f"--data: images of {len(images[0])} channels, the checkpoint has {net.channels}")
+    if (net.channels, c["patch"]) != (len(images[0]), patch):
+        fail(f"--data: the checkpoint is for {net.channels} channels, {c['patch']} pixels a side")
     if state["step"] >= args.steps:
         fail(f"--steps: {path} has {state['step']} steps already; ask for more")
     banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, "
                  f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}", net)
-    rows, steps = [], Progress("DDPM", train_ddpm(
+    rows, steps = state["log"], Progress("DDPM", train_ddpm(
         state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
     for loss in steps:
         step, running = state["step"], state["eps_loss"][1:c["t_max"] + 1]
         quarters = {f"loss_quarter{i}": v.mean().item() for i, v in enumerate(running.chunk(4), 1)}
-        steps.show(step, args.steps, "loss by quarter of t: " + " ".join(
-            f"{v:.3f}" for v in quarters.values()))
+        steps.show(step, args.steps, " ".join(f"{k} {v:.3f}" for k, v in quarters.items()))
         if not math.isfinite(loss):
             fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
         if step % 50 == 0 or step == args.steps:
             rows.append(dict(step=step, seconds=steps.seconds, loss=loss) | quarters)
-        if step % 500 == 0 or step == args.steps or steps.stopped:
+        if step % 500 == 0:
             save(path, state | dict(model=net.state_dict(), ema=ema.state_dict()))
+    save(path, state | dict(model=net.state_dict(), ema=ema.state_dict()))
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
         psnr=None, ssim=None, psnr_observed=None, seconds=steps.seconds, step=step,
@@ -1017,8 +1017,6 @@ def banner(args: Namespace, text: str, net: nn.Module | None = None):
 
 
 # ---- 12. Evaluation: the tables of README.md and report.md ------------------------------------
-
-
 SUITES = {      # tasks, and the arms: what stands in the table is what the command does
     "stopping": (("denoise:25", "inpaint:0.8", "superres:4"), {
         "staged, holdout": "fit-dip",
@@ -1043,6 +1041,8 @@ def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
         given.device = args.device
         x, y, task, prior = prepare(given)
         r = restore(given, x, y, task, prior)
+        if r["stopped"]:
+            raise KeyboardInterrupt
         panels.append((arm, r["image"]))
         m, log = r["metrics"], [] if given.init else r["rows"]
         limit = rows[0]["seconds"] if rows else math.inf
@@ -1055,7 +1055,8 @@ def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
             sample=m.get("psnr_sample") or math.nan, calls=m.get("nfe", 0), t0=m.get("t0", 0),
             stop=m["stop_iter"], observed=m["psnr_observed"]))
     panels = [("observed", task.interpolate(y)), *panels, ("clean", x)]
-    save(os.path.join(args.out, f"{photo}-{given.task.replace(':', '-')}.png"), figure(panels, x))
+    name = f"{args.suite}-{photo}-{given.task.replace(':', '-')}-seed{given.seed}.png"
+    save(os.path.join(args.out, name), figure(panels, x))
     return rows
 
 
@@ -1082,13 +1083,13 @@ def cmd_evaluate(args: Namespace) -> int:
     shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve
     shared += ["--size", "32", "--iters", "20"] if args.quick else []
     for name in SUITES if args.suite == "all" else [args.suite]:
-        (tasks, arms), rows = SUITES[name], []
+        (tasks, arms), rows, args.suite = SUITES[name], [], name
         tasks = [args.task] if args.task else tasks
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
         jobs = [(s, f, t) for s in range(args.seeds) for f in files for t in tasks]
         for seed, path, task in jobs:
             rows += evaluate_photo(args, arms, shared + [
-                "--image", path, "--task", task, "--seed", str(args.seed + seed)])
+                "--image", path, "--task", task, "--seed", str(args.seed + 100 * seed)])
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
             print(rows[-1]["photo"], task, " | ".join(
@@ -1098,8 +1099,6 @@ def cmd_evaluate(args: Namespace) -> int:
 
 
 # ---- 13. The command line ---------------------------------------------------------------------
-
-
 BOTH = "fit-dip sample"
 FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choices, True or None
     ("evaluate", "suite", "all", [*SUITES, "all"], "which tables"),
@@ -1129,9 +1128,9 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     ("train", "--attention", False, True, "self-attention, for data sets of whole small images"),
     ("train", "--resume", False, True, "go on from the checkpoint in --out"),
     ("evaluate", "--images", os.path.join(PHOTOS, "test"), None, "folder of photos"),
-    ("evaluate", "--seeds", 1, (int, 1, 99), "seeds, from --seed upwards"),
+    ("evaluate", "--seeds", 1, (int, 1, 99), "how many seeds: --seed, --seed + 100, .."),
     ("evaluate", "--quick", False, True, "one photo, 32x32, 20 iterations: a check"),
-    (BOTH + " train", "--width", None, (int, 8, 1024), "channels (DIP 32, DDPM 48)"),
+    (BOTH + " train", "--width", None, (int, 8, 1024), "channels (DIP 32; DDPM 48, in eights)"),
     (BOTH + " train", "--lr", None, (float, 1e-9, 10), "Adam's (DIP 0.01, adapt 5e-4, DDPM 1e-3)"),
     (BOTH + " evaluate", "--halve", False, True, "first average 2x2 pixels of the photo"),
     (BOTH + " evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop, pixels a side (all of "
@@ -1142,10 +1141,10 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
 )
 
 
-def in_range(kind, low, high, text: str):
+def in_range(default, kind, low, high, text: str):
     """An argparse type: int or float within low..high, or auto, the flag's default."""
     try:
-        value = None if text == "auto" else kind(text)
+        value = default if text == "auto" else kind(text)
     except ValueError:
         value = math.nan
     if value is None or low <= value <= high:
@@ -1169,7 +1168,7 @@ def make_parser() -> ArgumentParser:
         elif isinstance(kind, list):
             options |= dict(choices=kind) if flag[0] == "-" else dict(choices=kind, nargs="?")
         elif kind:
-            options["type"] = functools.partial(in_range, *kind)
+            options["type"] = functools.partial(in_range, default, *kind)
         options["help"] += f" ({default})" if kind is not True and default is not None else ""
         for name in names.split():
             parsers[name].add_argument(flag, **options)

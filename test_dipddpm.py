@@ -592,7 +592,7 @@ def test_fit_dip(tmp_path, photo, priors, extra):
     code = run("fit-dip", "--image", photo, "--iters", 8, "--out", tmp_path, "--ckpt",
                priors / "dip.pt", *extra)
     m = outputs(tmp_path, FIT_KEYS)
-    assert code == 0 and (m["psnr"] is None) == ("--observed" in extra)
+    assert code == 0 and (m["psnr"] is None) == ("--observed" in extra) and m["stop_iter"] > 0
 
 
 def test_ctrl_c_keeps_the_best_so_far(tmp_path, photo, monkeypatch):
@@ -632,6 +632,22 @@ def test_sample(tmp_path, photo, priors, extra):
     assert m["seconds"] >= m["seconds_ddpm"] > 0
 
 
+def test_ctrl_c_while_sampling_keeps_what_is_there(tmp_path, photo, priors, monkeypatch):
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), 2)
+        return original(*args, **options)
+
+    original = D.refine_x0
+    monkeypatch.setattr(D, "refine_x0", interrupted)
+    assert run("sample", "--init", "observed", "--image", photo, "--out", tmp_path, "--ckpt",
+               priors / "dip.pt") == 130
+    outputs(tmp_path, SAMPLE_KEYS)
+
+
+def test_auto_is_the_default_of_a_number():
+    assert D.in_range(5, int, 1, 9, "auto") == 5 and D.in_range(5, int, 1, 9, "7") == 7
+
+
 def test_sample_grid(tmp_path, priors):
     assert run("sample", "--init", "noise", "--steps", 3, "--samples", 3, "--size", 16, "--out",
                tmp_path, "--ckpt", priors / "none.pt") == 0
@@ -653,7 +669,9 @@ def test_grey_photo_with_a_colour_prior(tmp_path, priors):
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
     assert run("sample", "--init", "dip", "--image", tmp_path / "grey.png", "--iters", 6, "--steps",
                2, "--out", tmp_path / "o", "--ckpt", priors / "dip.pt") == 0
-    assert Image.open(tmp_path / "o" / "result.png").mode == "L"
+    assert run("fit-dip", "--method", "adapt", "--image", tmp_path / "grey.png", "--iters", 6,
+               "--out", tmp_path / "p", "--ckpt", priors / "dip.pt") == 0
+    assert all(Image.open(tmp_path / d / "result.png").mode == "L" for d in "op")
 
 
 def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, monkeypatch, capsys):
@@ -724,6 +742,7 @@ def bad(tmp_path, photo, priors):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
     np.savez(tmp_path / "floats.npz", images=np.zeros((2, 8, 8)))
+    np.save(tmp_path / "none.npy", np.zeros((0, 8, 8), np.uint8))
     whole = (priors / "dip.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     state = torch.load(priors / "dip.pt", weights_only=True)
@@ -752,6 +771,8 @@ ERRORS = [
     ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/small_mask.png", "--mask"),
     ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/black_mask.png", "--mask"),
     ("fit-dip --image {d}/photo.png --task inpaint --mask {d}/missing.png", "--mask"),
+    ("fit-dip --image {d}/photo.png --mask {d}/black_mask.png", "--mask"),
+    ("sample --observed", "--image"),
     ("fit-dip --image {d}/photo.png --iters 0", "--iters"),
     ("fit-dip --image {d}/photo.png --lr nan", "--lr"),
     ("fit-dip --image {d}/photo.png --size 0", "--size"),
@@ -764,6 +785,7 @@ ERRORS = [
     ("train --data {d}/texts", "--data"),
     ("train --data {d}/missing", "--data"),
     ("train --data {d}/floats.npz", "--data"),
+    ("train --data {d}/none.npy", "--data"),
     ("train --resume --out {d}/nothing", "--resume"),
     ("train --steps 0", "--steps"),
     ("train --prior dip --t-max 2000", "--t-max"),
@@ -807,5 +829,5 @@ def test_imports_are_the_promised_ones():
 
 
 def test_the_file_keeps_its_size():
-    lines = open(D.__file__).read().split("\n")
+    lines = open(D.__file__).read().splitlines()
     assert len(lines) <= 1200 and max(map(len, lines)) <= 100
