@@ -123,7 +123,7 @@ def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequenti
 
 
 class SkipNet(nn.Module):
-    """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 121k parameters.
+    """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 128k parameters.
     forward(x): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. sigma, the noise level
     of x, is not used: it is there for a Prior, which may take this network's place."""
 
