@@ -1,12 +1,14 @@
 """Tests of dipddpm.py against closed forms, golden numbers and other libraries."""
 import ast
 import csv
+import functools
 import inspect
 import itertools
 import json
 import math
 import os
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -69,20 +71,29 @@ def test_golden_abar(kind, golden):
         D.NoiseSchedule(10, "quadratic")
 
 
-def test_posterior_is_bayes_rule():
-    s = D.NoiseSchedule(50)
-    x0, xt = torch.tensor([[[[0.3]]]]), torch.tensor([[[[-0.7]]]])
-    for t in range(1, 51):
-        beta, prev = s.betas[t].item(), s.abar[t - 1].item()
-        # prior N(sqrt(prev) x0, 1 - prev) times likelihood N(xt; sqrt(1 - beta) x, beta)
-        lik = (1 - beta) / beta
-        prior = 1 / (1 - prev) if prev < 1 else math.inf
-        var = 1 / (lik + prior)
-        mean = 0.3 if t == 1 else var * (
-            math.sqrt(1 - beta) / beta * -0.7 + prior * math.sqrt(prev) * 0.3)
-        m, v = D.q_posterior(s, x0, xt, torch.tensor([t]))
-        assert v.item() == pytest.approx(var, rel=1e-4, abs=1e-9)
-        assert m.item() == pytest.approx(mean, rel=1e-3, abs=1e-5)
+def ancestral_step(s, x0, xt, t, z):
+    """x_{t-1} ~ q(x_{t-1} | x_t, x0) by Bayes' rule: the prior N(sqrt(prev) x0, 1 - prev) times the
+    likelihood N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
+    beta, prev = s.betas[t].item(), s.abar[t - 1].item()
+    if prev == 1:
+        return x0
+    precision = (1 - beta) / beta + 1 / (1 - prev)
+    mean = (math.sqrt(1 - beta) / beta * xt + math.sqrt(prev) / (1 - prev) * x0) / precision
+    return mean + math.sqrt(1 / precision) * z
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_ancestral_sampling_draws_from_the_posterior(kind):
+    s = D.NoiseSchedule(50, kind)
+    model, gens = GaussianEps(s, 0.1, 0.5), [D.stream(7, 3)]
+    xt = x = D.noise((1, 1, 8, 8), [D.stream(8, 3)])
+    got = D.p_sample_loop(model, s, xt, 50, gens)
+    gens = [D.stream(7, 3)]
+    for t in range(50, 0, -1):
+        at = torch.tensor([t])
+        x0 = D.predict_x0(s, x, at, model(x, at))
+        x = ancestral_step(s, x0, x, t, D.noise(x.shape, gens) if t > 1 else 0)
+    assert torch.allclose(got, x, atol=1e-4)
 
 
 def test_predict_x0_inverts_q_sample_for_every_t():
@@ -252,7 +263,7 @@ def test_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, prior
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         D.save(str(path), dict(other=1))
-    assert D.load_state(str(path), "--ckpt")["step"] == 3
+    assert D.load_state(str(path))["step"] == 3
 
 
 # ---- tasks, ladder, held-out risk, stop rules
@@ -272,7 +283,10 @@ def test_operators(task):
     x = torch.randn(1, 3, 12, 12, generator=g, dtype=torch.float64)
     y = task.forward(torch.randn(1, 3, 12, 12, generator=g, dtype=torch.float64))
     assert torch.allclose(task.forward(task.pinv(y)), y)                       # A A^+ = I
-    assert (task.forward(x) * y).sum().item() == pytest.approx((x * task.adjoint(y)).sum().item())
+    adjoint = task.pinv(y) / task.scale ** 2                                   # A^+ = s^2 A'
+    assert (task.forward(x) * y).sum().item() == pytest.approx((x * adjoint).sum().item())
+    error = (task.forward(x) - y)[task.forward(torch.ones_like(x)) > 0]        # of known pixels
+    assert task.mse(x, y).item() == pytest.approx((error ** 2).mean().item())
     assert torch.allclose(task.forward(task.project(x, y)), y)
     known = task.forward(task.interpolate(y.float()))
     assert known.shape == y.shape and torch.isfinite(known).all()
@@ -286,7 +300,8 @@ def test_conjugate_pair_is_uncorrelated(source):
     y = x + sigma * torch.randn(x.shape, generator=g)
     task, a = D.Task("denoise", sigma=sigma), 0.5
     if source == "fit":
-        z1, level, z2 = D.network_io("staged", y, task, y, y, a * sigma, g)
+        w = torch.randn(y.shape, generator=g)
+        z1, level, z2 = D.network_io("observed", "conjugate", y, task, y, y, a * sigma, w, g)
         assert level == pytest.approx(sigma * math.sqrt(1 + a * a))
     else:
         held = D.HeldOut(y, task, g, a=a)
@@ -375,18 +390,27 @@ def test_wmv_and_emv_find_the_still_stretch():
     assert 120 <= emv.best_k <= 160 and emv.done
 
 
+def settings(**given):
+    return Namespace(**{name: default for name, default, *_ in D.SETTINGS} | given)
+
+
 def test_ladder_falls_in_rungs():
-    s = D.ladder(0.2, 300)
+    s = D.ladder(settings(), 0.2, 300)
     assert len(s) == 300 and len(set(s)) == 30 and s == sorted(s, reverse=True)
     assert s[0] == pytest.approx(0.6) and s[-1] == pytest.approx(0.08)
-    assert len(D.ladder(0.0, 7)) == 7
+    assert s == D.ladder(settings(), 0.0, 300) and len(D.ladder(settings(), 0.2, 7)) == 7
+    assert s[10] / s[0] == pytest.approx(s[20] / s[10])                      # geometric
+    line, wave = (D.ladder(settings(shape=k, rungs=3), 1.0, 3) for k in ("linear", "cosine"))
+    assert line == pytest.approx([3, 1.7, 0.4]) and wave == pytest.approx([3, 1.7, 0.4])
+    wave = D.ladder(settings(shape="cosine", rungs=4, high=0.4, low=3.0), 1.0, 4)
+    assert wave == pytest.approx([0.4, 0.4 + 2.6 / 4, 0.4 + 2.6 * 3 / 4, 3])    # and it may rise
 
 
 def test_turns_are_the_8_of_the_square_and_invert():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     turns = [D.turned(x, g) for g in range(8)]
     assert len({tuple(t.flatten().tolist()) for t in turns}) == 8
-    assert all(torch.equal(D.turned(t, g, back=True), x) for g, t in enumerate(turns))
+    assert all(torch.equal(D.turned(t, g if g > 3 else -g % 4), x) for g, t in enumerate(turns))
 
 
 def test_estimate_sigma():
@@ -397,22 +421,97 @@ def test_estimate_sigma():
     assert D.estimate_sigma(torch.zeros(1, 3, 1, 1)) == 0
 
 
-@pytest.mark.parametrize("method", list(D.METHODS))
+class Shrink(nn.Module):
+    """A denoiser with one weight, in a Prior's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, z, sigma):
+        return self.w * z
+
+
+VARIANTS = [dict(method=m) for m in D.METHODS] + [
+    dict(loss="gradient"), dict(norm="group", upsample="bilinear"), dict(fresh=0, flips=0),
+    dict(input="fixed"), dict(target="plain"), dict(target="noisy")]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("task", [D.Task("denoise", sigma=0.2), tasks()[1]], ids=["noise", "holes"])
-def test_every_method_fits(method, task):
-    task = D.Task(task.name, task.sigma, 1, None if task.mask is None else tasks()[1].mask)
+def test_every_method_fits(options, task):
     x = smooth_image(12)
-    steps = list(D.fit_dip(task.forward(x), task, method=method, stop="fixed", iters=60, width=16,
-                           depth=2))
+    options = dict(lr=0.02, nets=1, stop="fixed", iters=60, width=16, depth=2) | options
+    steps = list(D.fit_dip(task.forward(x), task, Shrink(), **options))
     assert [s.k for s in steps] == list(range(1, 61)) and steps[-1].best_k == 60
-    assert np.mean([s.loss for s in steps[-10:]]) < np.mean([s.loss for s in steps[:10]])
+    assert sum(s.ends for s in steps) == 30
+    if task.sigma > 0:
+        assert D.psnr(steps[-1].average, x, 2.0) > D.psnr(steps[0].average, x, 2.0) + 1
+    else:
+        assert np.mean([s.mse for s in steps[-10:]]) < np.mean([s.mse for s in steps[:10]])
+    known = 3 * (144 if task.mask is None else task.mask.sum().item())
+    error = task.forward(steps[9].output) - steps[9].target
+    assert steps[9].mse == pytest.approx((error ** 2).sum().item() / known, rel=1e-4)
+
+
+def test_settings_are_known_by_name():
+    with pytest.raises(TypeError):
+        next(D.fit_dip(smooth_image(12), D.Task("denoise", sigma=0.2), rung=3))
 
 
 def test_fit_approaches_the_clean_image_and_keeps_what_it_does_not_see():
     x = smooth_image(32)
     y = x + 0.2 * torch.randn(x.shape, generator=D.stream(0, D.OBSERVE))
-    *_, last = D.fit_dip(y, D.Task("denoise", sigma=0.2), iters=200, width=16)
+    *_, last = D.fit_dip(y, D.Task("denoise", sigma=0.2), nets=1, iters=200, width=16)
     assert D.psnr(last.best, x, 2.0) > D.psnr(y, x, 2.0) + 5
+
+
+def test_the_answer_of_two_networks_is_the_mean_of_each_alone():
+    """The first network is that of nets=1; with the second, whatever it is, the mean moves by half
+    of its own answer, which must itself be near the image."""
+    x = smooth_image(16)
+    y = x + 0.2 * torch.randn(x.shape, generator=D.stream(0, D.OBSERVE))
+    fit = functools.partial(D.fit_dip, y, D.Task("denoise", sigma=0.2), iters=80, width=16)
+    (*_, one), two = fit(nets=1), list(fit(nets=2))
+    first = [s for s in two if s.k <= 80][-1]
+    assert torch.equal(first.best, one.best) and two[-1].iters == 160
+    second = 2 * two[-1].best - one.best
+    assert not torch.allclose(second, one.best, atol=1e-3)
+    assert D.psnr(second, x, 2.0) > D.psnr(y, x, 2.0)
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.25])
+def test_the_tail_sees_what_was_held_out(tail, monkeypatch):
+    """Every target before the tail is made from y_fit; those in it from y."""
+    monkeypatch.setattr(D, "network_io", lambda source, aim, y, *rest: (y, 0.1, y))
+    y, task = smooth_image(12), D.Task("denoise", sigma=0.2)
+    steps = list(D.fit_dip(y, task, nets=1, iters=40, width=16, tail=tail))
+    seen = D.HeldOut(y, task, D.stream(0, D.FIT)).y
+    before = [s for s in steps if not math.isnan(s.risk)]
+    assert len(before) == round(40 * (1 - tail))
+    assert all(torch.equal(s.target, seen) for s in before)
+    assert all(torch.equal(s.target, y) for s in steps[len(before):])
+    best = min(before, key=lambda s: s.risk)
+    assert steps[-1].best_k == best.k and steps[-1].best_risk == best.risk
+    assert len(steps) - len(before) == round(best.k / (1 - tail)) - best.k
+
+
+def test_gradient_loss_counts_edges(monkeypatch):
+    """A constant error has no edges: both losses agree; a checkerboard has many."""
+    losses = {}
+    for kind in ("squares", "gradient"):
+        for name, error in (("flat", torch.ones(1, 1, 8, 8)),
+                            ("board", (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1)):
+            net = Shrink()
+            net.forward = lambda z, level: error.view(1, 1, 8, 8) * net.w / 0.1
+            opt = torch.optim.SGD(net.parameters(), lr=0.0)
+            task, zero = D.Task("d", sigma=0.1), torch.zeros(1, 1, 8, 8)
+            o = settings(loss=kind, target="plain")
+            list(D.descend(net, opt, o, zero, task, [0.1], 0, zero, D.stream(0, 2), zero, None))
+            losses[kind, name] = net.w.grad.item()              # d loss / d w = 20 loss at w = 1/10
+    assert losses["squares", "flat"] == losses["gradient", "flat"] == pytest.approx(20)
+    assert losses["squares", "board"] == pytest.approx(20)
+    assert losses["gradient", "board"] == pytest.approx(20 * (1 + 2 * 4 * 7 / 8))
 
 
 CLEAN = ("clean", "x", "x0", "reference", "target", "ground_truth")
@@ -806,7 +905,7 @@ ERRORS = [
 def test_errors(bad, priors, line, flag, capsys, monkeypatch):
     monkeypatch.chdir(bad)
     if "--lr 10" in line:                       # a loss that overflows
-        monkeypatch.setattr(D, "masked_mean", lambda v, m: v.mean() * math.inf)
+        monkeypatch.setattr(D.Task, "mse", lambda self, x, y: x.mean() * math.inf)
     code = run(*line.format(d=bad, p=priors).split())
     err = capsys.readouterr().err
     assert code == 2 and flag in err and err.count("\n") == 1 and "Traceback" not in err
