@@ -571,8 +571,8 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
     a, b = (v.cpu().double().flatten(0, 1)[:, None] for v in (a, b))
     g = torch.exp(-torch.arange(-5, 6, dtype=a.dtype) ** 2 / (2 * 1.5 ** 2))
-    g = torch.outer(g, g)[None, None] / g.sum() ** 2
-    ma, mb, aa, bb, ab = (F.conv2d(v, g) for v in (a, b, a * a, b * b, a * b))
+    maps = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), (g / g.sum()).view(1, 1, 11, 1))
+    ma, mb, aa, bb, ab = F.conv2d(maps, (g / g.sum()).view(1, 1, 1, 11)).chunk(5)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     num = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2)
     den = (ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2)
@@ -582,12 +582,12 @@ def in_db(mse: float) -> float | None:
     """The PSNR of a mean squared error, for a data range of 2; None where it is not positive."""
     return 10 * math.log10(4 / mse) if mse > 0 else None
 
-def quality(xhat: Tensor, x: Tensor | None) -> tuple:
-    """(psnr, ssim) of xhat against the clean x, both clipped to [-1, 1]; None where unknown."""
+def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:
+    """(psnr, ssim) of xhat, clipped to [-1, 1], against x; None where unknown or not asked for."""
     if x is None or xhat is None:
         return None, None
     xhat = xhat.clamp(-1, 1)
-    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if min(x.shape[-2:]) >= 11 else None
+    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if both and min(x.shape[-2:]) > 10 else None
 
 # ---- 9. Files, figures, progress --------------------------------------------------------------
 def fail(message: str):
@@ -792,12 +792,12 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: lis
                 if not rule.done and rule.update(last.k, last.output, last.risk):
                     rule.answer = last
             if last.ends or last.k % 10 == 0:
-                level, (p, q) = last.s * 127.5, quality(last.average, x)
-                shown = task.forward(last.output)
+                level, (p, q) = last.s * 127.5, quality(last.average, x, last.ends)
+                aim = quality(task.forward(last.output), last.target, last.ends)[1]
                 rows.append(dict(
                     iter=last.k, seconds=steps.seconds, noise=level, risk=last.risk, psnr=p, ssim=q,
-                    newest=quality(last.output, x)[0], psnr_risk=in_db(last.risk),
-                    psnr_target=in_db(last.mse), ssim_target=quality(shown, last.target)[1]))
+                    newest=quality(last.output, x, False)[0], psnr_risk=in_db(last.risk),
+                    psnr_target=in_db(last.mse), ssim_target=aim))
             falls = not stages or level < stages[-1][0]                 # not the next net's ladder
             if last.ends and falls and last.input.shape == y.shape:
                 stages.append((level, last.input, last.average))
@@ -877,10 +877,9 @@ def cmd_restore(args: Namespace) -> int:
     panels = [panel for panel in panels if panel[1] is not None]
     if task.name == "grid":
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(r["samples"])]
-    files = {"result.png": to_image(r["image"]), "figure.png": figure(panels, x),
-             "log.csv": r["rows"], "metrics.json": r["metrics"]}
-    if task.name == "grid":
-        files["result.png"] = files["figure.png"]
+    page = figure(panels, x)
+    files = {"result.png": page if task.name == "grid" else to_image(r["image"]),
+             "figure.png": page, "log.csv": r["rows"], "metrics.json": r["metrics"]}
     if args.init:
         files["sample.png"] = to_image(r["samples"])
     else:
@@ -1089,7 +1088,8 @@ def cmd_evaluate(args: Namespace) -> int:
     shared += ["--size", "32", "--iters", "20"] * args.quick
     for name in SUITES if args.suite == "all" else [args.suite]:
         (tasks, arms), args.suite = SUITES[name], name
-        arms = {a: line for a, line in arms.items() if a in args.arms.split(";") or not args.arms}
+        arms = {a: v for a, v in arms.items() if a in args.arms.split(";") or not args.arms} or (
+            fail(f"--arms: {name} has {'; '.join(arms)}, and no other; name some of these"))
         tasks = args.task.split(",") if args.task else tasks
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
         part, parts = (os.path.join(args.out, f"{name}-part{n}.json") for n in (rank, "*"))

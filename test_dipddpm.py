@@ -685,7 +685,7 @@ def outputs(out, keys):
 @pytest.mark.parametrize("extra", [
     [], ["--task", "inpaint:0.8"], ["--task", "superres:4"], ["--method", "dip", "--stop", "wmv"],
     ["--method", "targets", "--stop", "emv"], ["--method", "selfdiff", "--stop", "fixed"],
-    ["--method", "adapt"], ["--observed", "--task", "denoise"], ["--observed", "--task", "superres:2"]],
+    ["--method", "adapt"], ["--method", "guide"], ["--observed", "--task", "denoise"], ["--observed", "--task", "superres:2"]],
     ids=" ".join)
 def test_fit_dip(tmp_path, photo, priors, extra):
     code = run("fit-dip", "--image", photo, "--iters", 8, "--out", tmp_path, "--ckpt",
@@ -789,14 +789,68 @@ def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, monkeypatch, 
     assert "minutes" in capsys.readouterr().out
 
 
-def test_evaluate_quick(tmp_path, priors, monkeypatch):
+@pytest.mark.parametrize("suite, task", [("stopping", "denoise:25,inpaint:0.8"),
+                                         ("init", "superres:4")])
+def test_evaluate_quick(tmp_path, priors, monkeypatch, suite, task):
     monkeypatch.setattr(D, "load_prior", load_tiny(priors))
-    assert run("evaluate", "--quick", "--size", 16, "--out", tmp_path) == 0
-    for name, (tasks_, arms) in D.SUITES.items():
-        rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
-        assert [(r["task"], r["arm"]) for r in rows] == [(t, a) for t in tasks_ for a in arms]
-        assert all(math.isfinite(float(r["psnr"])) for r in rows)
-        assert (tmp_path / f"{name}.md").read_text().startswith("| task | arm | PSNR")
+    flags = ["evaluate", suite, "--quick", "--size", 16, "--task", task, "--out", tmp_path]
+    assert run(*flags) == 0
+    rows = list(csv.DictReader(open(tmp_path / f"{suite}.csv")))
+    arms = D.SUITES[suite][1]
+    assert [(r["task"], r["arm"]) for r in rows] == [(t, a) for t in task.split(",") for a in arms]
+    assert all(math.isfinite(float(r["psnr"])) for r in rows)
+    assert (tmp_path / f"{suite}.md").read_text().startswith("| task | arm | n | psnr |")
+    for r in rows if suite == "stopping" else ():
+        assert float(r["gap"]) >= -1e-9 and float(r["gap_wmv"]) >= -1e-9
+        assert float(r["oracle"]) == pytest.approx(float(r["psnr"]) + float(r["gap"]))
+    monkeypatch.setattr(D, "restore", None)             # a second run measures nothing again
+    assert run(*flags) == 0
+
+
+def test_torchrun_shares_the_work(tmp_path, photo, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, seeds in (("1", {100}), ("0", {0, 100, 200})):
+        monkeypatch.setenv("RANK", rank)
+        assert run("evaluate", "ablation", "--quick", "--size", 16, "--seeds", 3,
+                   "--arms=--nets 1;--told 0", "--out", tmp_path) == 0
+        rows = list(csv.DictReader(open(tmp_path / "ablation.csv")))
+        assert {int(r["seed"]) for r in rows} == seeds and len(rows) == 2 * len(seeds)
+
+
+def test_every_arm_is_a_command():
+    for tasks_, arms in D.SUITES.values():
+        for line in arms.values():
+            assert D.make_parser().parse_args(line.split()).command in ("fit-dip", "sample")
+
+
+def test_markdown_means_gaps_and_seeds():
+    rows = [dict(task="t", arm="a", seed=s, psnr=p, gap=g, oracle=None)
+            for s, p, g in ((0, 30.0, 0.1), (0, 32.0, 0.3), (100, 33.0, 1.4))]
+    head, _, line = D.markdown(rows).strip().split("\n")
+    assert head == "| task | arm | n | psnr | gap | std |"
+    assert line == "| t | a | 3 | 32 | 0.60 / 1.40 / 1 | 1.41 |".replace("32 |", "31.67 |")
+
+
+def test_told_changes_the_method_not_the_observation(photo):
+    got = []
+    for extra in ([], ["--told", "30"], ["--told", "0"]):
+        args = D.make_parser().parse_args(["fit-dip", "--image", str(photo), *extra])
+        args.device = torch.device("cpu")
+        got.append(D.observe(args, str(photo), "denoise:25"))
+    assert all(torch.equal(got[0][1], y) for _, y, _ in got)
+    assert [t.sigma for _, _, t in got] == pytest.approx(
+        [50 / 255, 60 / 255, D.estimate_sigma(got[0][1])])
+
+
+def test_chart_puts_points_where_they_belong():
+    page = np.asarray(D.chart({"up": [(0, 0.0), (50, None), (100, 100.0)]}, "x", "y", 50)).astype(int)
+    blue = np.argwhere((page[..., 2] > 150) & (page[..., 0] < 60))
+    blue = blue[blue[:, 1] < 860]                                           # without the legend
+    (top, right), (bottom, left) = blue[blue[:, 1].argmax()], blue[blue[:, 1].argmin()]
+    assert abs(left - 130 / 1.5) < 4 and abs(right - 1290 / 1.5) < 4
+    assert abs(bottom - 880 / 1.5) < 6 and abs(top - 60 / 1.5) < 6
+    middle = blue[np.abs(blue[:, 1] - 420) < 2][:, 0].mean()                # a straight line
+    assert abs(middle - (60 + (1290 - 630) / 1160 * 820) / 1.5) < 6
 
 
 def load_tiny(priors):
@@ -875,6 +929,9 @@ ERRORS = [
     ("fit-dip --image {d}/photo.png --iters 0", "--iters"),
     ("fit-dip --image {d}/photo.png --lr nan", "--lr"),
     ("fit-dip --image {d}/photo.png --size 0", "--size"),
+    ("fit-dip --image {d}/photo.png --rungs 1", "--rungs"),
+    ("fit-dip --image {d}/photo.png --shape round", "--shape"),
+    ("evaluate stopping --arms nothing", "--arms"),
     ("fit-dip --image {d}/photo.png --method magic", "--method"),
     ("fit-dip --image {d}/photo.png --out {d}/file/below", "--out"),
     ("fit-dip --image {d}/photo.png --method adapt --ckpt {d}/cut.pt", "--ckpt"),
