@@ -19,6 +19,7 @@ Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
     R, r_t^2         variance of the DIP's error (held-out risk), of the DDPM's x0-prediction
 """
 import contextlib
+import copy
 import functools
 import glob
 import io
@@ -189,8 +190,7 @@ class UNet(nn.Module):
 class Prior(nn.Module):
     """A trained DDPM: network, schedule, largest t it knows, running eps-loss L_t (length T+1).
     r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0, as x0_pred - x0 = -sigma_t
-    (eps_pred - eps); L smoothed over 31 t. forward: a denoiser, z = x + noise of level sigma to x0.
-    """
+    (eps_pred - eps); L smoothed over 31 t. forward: denoises z = x + noise of level sigma."""
     def __init__(self, model: nn.Module, schedule: NoiseSchedule, t_max: int, eps_loss: Tensor):
         super().__init__()
         self.model, self.schedule, self.t_max = model, schedule, t_max
@@ -255,9 +255,8 @@ def p_sample_loop(model, schedule: NoiseSchedule, xt: Tensor, t: int, gens: list
 def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int,
                 gens: list, eta: float = 0.0, refine=None, wrap=iter) -> Tensor:
     """Reverse diffusion from x_t in at most `steps` network calls (Song et al. 2021, eq. 12).
-    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one an image; eta 0 is deterministic
-    (DDIM). refine(x0, t) corrects the predicted x0 (section 7). Returns the last x0, as the last
-    step adds no noise. wrap may watch, or cut short, the list of steps."""
+    model(x_t, t) -> eps; xt N x C x H x W; t in 1..T; gens: one an image; eta 0 is deterministic;
+    refine(x0, t) corrects the predicted x0 (section 7); wrap may watch, or cut short, the steps."""
     path = torch.linspace(t, 0, min(steps, t) + 1).round().long().tolist()   # t > ... > 0
     for s, r in wrap(list(zip(path[:-1], path[1:]))):
         abar, prev = schedule.abar[s].item(), schedule.abar[r].item()
@@ -317,8 +316,7 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, y, F.interpolate(coarse, y.shape[-2:], mode="bilinear"))
 
 def estimate_sigma(y: Tensor) -> float:
-    """Noise level of y (N x C x H x W) in units of y: median |finest diagonal Haar band| / 0.6745
-    (Donoho & Johnstone 1994); 0 for an image of under 2 x 2 pixels."""
+    """Noise level of y: median |finest diagonal Haar band| / 0.6745 (Donoho & Johnstone 1994)."""
     if min(y.shape[-2:]) < 2:
         return 0.0
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
@@ -356,14 +354,13 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("loss", "squares", ["squares", "gradient"], "gradient: and edges at three scales"),
     ("hold", 0.25, (float, 1e-3, 10), "a of the held-out pair, if there is noise"),
     ("share", 0.1, (float, 0, 0.9), "of the known pixels held out, if there is none"),
-    ("tail", 0.25, (float, 0, 0.9), "share of the steps that see all of y again"),
+    ("tail", None, (float, 0, 0.9), "share of steps that see all of y again (staged 0.25, else 0)"),
     ("patience", 1000, (int, 1, 10 ** 7), "steps without a better score before the stop"),
 )
 
 class HeldOut:
-    """Split an observation once, before the fit: (task, y) to see, (val_task, val_y) to score.
-    With noise: y + a sigma w and y - sigma/a w, independent given x (Pang et al. 2021; Oliveira
-    et al. 2021). Without: `share` of the known pixels is set aside."""
+    """Split an observation before the fit: (task, y) to see, (val_task, val_y) to score. Noisy:
+    y + a sigma w, y - sigma/a w (Pang et al., Oliveira et al. 2021); else `share` of the pixels."""
     def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a=0.25, share=0.1):
         if task.sigma > 0:
             w = torch.randn(y.shape, generator=gen).to(y)
@@ -402,8 +399,7 @@ class StopRule:
         return better
 
     def moving_variance(self, x: Tensor) -> float:
-        """E[x^2] - E[x]^2 over the outputs so far, mean over pixels; inf while there are too few.
-        The weights are 1/window for the newest (wmv), or fall by 1 - alpha (emv)."""
+        """E[x^2] - E[x]^2 over the newest outputs, mean over pixels; inf while they are too few."""
         old, rate = (self.mean, self.square), self.alpha
         if self.kind == "wmv":
             self.outputs.append(x)
@@ -453,7 +449,7 @@ def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: li
     """Down the ladder, one Adam step a level, after k steps; yields FitStep's fields to `average`.
     The average (exponential, over a fifth of the steps, 100 at most) of the outputs is the answer;
     at each new rung it becomes the estimate from which the next inputs are made."""
-    lr, rung = opt.param_groups[0]["lr"], None
+    rung = None
     source, aim = (own or usual for own, usual in zip((o.input, o.target), METHODS[o.method]))
     turns = 8 if aim == "conjugate" and task.sigma > 0 and o.flips else 1
     for k, (s, ahead) in enumerate(zip(levels, levels[1:] + [None]), k + 1):
@@ -477,7 +473,7 @@ def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: li
             raise FloatingPointError(f"the loss is not finite at iteration {k}")
         opt.zero_grad()
         loss.backward()
-        opt.param_groups[0]["lr"] = lr * min(1, k / 50)
+        opt.param_groups[0]["lr"] = o.lr * min(1, k / 50)
         opt.step()
         average = average.lerp(output.detach(), max(0.01, min(1, 5 / k)))
         average = task.project(average, y) if task.sigma == 0 else average
@@ -498,38 +494,41 @@ def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int 
     iters, lr, nets = (ADAPT_ITERS, 5e-4, 1) if o.method == "adapt" else (
         DIP_ITERS[task.sigma > 0], 0.01, 2 if o.method == "staged" else 1)
     iters, o.lr, nets = o.iters or iters, o.lr or lr, o.nets or nets
+    if o.tail is None:              # other targets overfit there: report.md, "What holding out costs"
+        o.tail = 0.25 if (o.target or METHODS[o.method][1]) == "conjugate" else 0.0
     gen, channels = stream(seed, FIT), y.shape[1]
     torch.manual_seed(stream(seed, INIT).initial_seed())
     held = HeldOut(y, task, gen, o.hold, o.share) if o.stop == "holdout" else None
-    total = 0.0                                     # the sum of the answers of the nets before
+    total = blind = 0.0             # of the nets before: sum of answers, of those blind to val_y
     for n in range(nets):
         cin, skip = (32, 4) if "fixed" == (o.input or METHODS[o.method][0]) else (channels, 16)
-        net = prior if o.method == "adapt" else SkipNet(
+        net = copy.deepcopy(prior) if o.method == "adapt" else SkipNet(
             cin, channels, o.width, o.depth, o.skip or skip, o.norm, o.upsample)
         net = net.to(y.device, memory_format=torch.channels_last)
         opt = torch.optim.Adam(net.parameters(), lr=o.lr, fused=True)
-        rule, best = StopRule(o.stop, o.patience), task.interpolate(y)
+        rule, weights = StopRule(o.stop, o.patience), None
+        best = held.task.interpolate(held.y) if held else task.interpolate(y)
         fixed = torch.rand((1, 32, *best.shape[2:]), generator=gen).to(y) / 10       # the DIP's z
         for again in (False, True) if held else (False,):   # again: with all of y, from the best on
             seen, seen_task = (held.y, held.task) if held and not again else (y, task)
-            first, last = 0, round((1 - o.tail) * iters) if held else iters
+            first, last = 0, max(1, round((1 - o.tail) * iters)) if held else iters
             if again:
                 net.load_state_dict(weights)
+                blind = blind + best
                 first, last = rule.best_k, round(rule.best_k / (1 - o.tail))
-            else:
-                best = seen_task.interpolate(seen)
             levels = ladder(o, seen_task.sigma, iters)[first:last]
             for k, *step, average in descend(net, opt, o, seen, seen_task, levels, first, best,
                                              gen, fixed, prior):
-                mixed = (total + average) / (n + 1)
-                risk = held.risk(mixed) if held and not again else math.nan
+                mixed, fair = ((v + average) / (n + 1) for v in (total, blind))
+                risk = held.risk(fair) if held and not again else math.nan
                 if again or rule.update(k, step[4] if "mv" in o.stop else mixed, risk):
                     best = average
                     if held and not again:
                         weights = {name: p.clone() for name, p in net.state_dict().items()}
+                done = n and not again and 2 * k < iters        # too early to count the new net in
                 yield FitStep(n * iters + k, nets * iters, *step, mixed, risk,
-                              (total + best) / (n + 1), n * iters + rule.best_k,
-                              rule.best if held else math.nan)
+                              total / n if done else (total + best) / (n + 1),
+                              n * iters + rule.best_k, rule.best if held else math.nan)
                 if rule.done and not again:
                     break
         total = total + best
@@ -604,8 +603,9 @@ def save(path: str, data):
         torch.save(data, buffer)
     elif path.endswith(".csv"):
         names = dict.fromkeys(name for row in data for name in row)
-        lines = [names, *([row.get(name, "") for name in names] for row in data)]
-        buffer.write("".join(",".join(f'"{v}"' for v in line) + "\n" for line in lines).encode())
+        lines = [names, *([row.get(name) for name in names] for row in data)]
+        lines = [",".join("" if v is None else f'"{v}"' for v in line) + "\n" for line in lines]
+        buffer.write("".join(lines).encode())
     else:
         text = data if isinstance(data, str) else json.dumps(data, indent=1)
         buffer.write(text.replace("Infinity", "null").encode())
@@ -716,7 +716,7 @@ class Progress:
             signal.signal(signal.SIGINT, before)
 
     def over(self, steps: list) -> Iterator:
-        self.steps = steps
+        self.steps, self.start = steps, time.monotonic()
         for k, step in enumerate(self, 1):
             yield step
             self.show(k, len(steps), "")
@@ -778,11 +778,12 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
 
 # ---- 11. The commands -------------------------------------------------------------------------
 def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: list) -> tuple:
-    """fit_dip as the flags say: (last FitStep, log rows, stages, seconds, interrupted). Only the
-    log sees x. rules: other StopRules, which look on."""
+    """fit_dip as the flags say; only the log sees x, and `rules`, other StopRules, look on."""
     settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
     if args.init and args.method != "adapt":
         settings |= dict(iters=args.iters or BRIEF_ITERS, nets=args.nets or 1)
+    if args.method == "adapt" and args.input == "fixed":
+        fail("--input: a trained DDPM cannot denoise the fixed z; adapt needs observed or estimate")
     prior = load_prior(args, "dip", y.shape[1]) if args.method in ("adapt", "guide") else None
     rows, stages, steps = [], [], Progress("DIP", fit_dip(y, task, prior, **settings))
     try:
@@ -799,7 +800,7 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: lis
                     newest=quality(last.output, x, False)[0], psnr_risk=in_db(last.risk),
                     psnr_target=in_db(last.mse), ssim_target=aim))
             falls = not stages or level < stages[-1][0]                 # not the next net's ladder
-            if last.ends and falls and last.input.shape == y.shape:
+            if last.ends and falls and not rules and last.input.shape == last.average.shape:
                 stages.append((level, last.input, last.average))
             steps.start += time.monotonic() - before            # the clock is for the fit alone
             steps.show(last.k, last.iters, f"noise {last.s * 127.5:.0f}/255")
@@ -808,8 +809,7 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: lis
     return last, rows, stages, steps.seconds, steps.stopped
 
 def restore(args: Namespace, x, y: Tensor, task: Task, prior, rules: list = ()) -> dict:
-    """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both.
-    Returns the answer `image`, all `samples`, the DIP's output or None, log rows and metrics."""
+    """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both."""
     seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM", ())
     more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
     if args.init in (None, "dip"):
@@ -846,8 +846,7 @@ def restore(args: Namespace, x, y: Tensor, task: Task, prior, rules: list = ()) 
                 metrics=metrics | more | dict(seed=args.seed), stopped=bar.stopped)
 
 def prepare(args: Namespace) -> tuple:
-    """(clean x or None, y, Task, Prior or None), and the flags not given. The unconditional grid
-    restores an image of which no pixel was observed."""
+    """(clean x or None, y, Task, Prior or None); a grid restores an image with no known pixel."""
     kind = "none" if args.init == "noise" else "dip"
     if args.image is None and (args.observed or args.mask):
         fail("--image: --observed and --mask need the photo; name it with --image FILE")
@@ -871,10 +870,9 @@ def cmd_restore(args: Namespace) -> int:
         f"{args.method}, stop {args.stop}")
     banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
     r = restore(args, x, y, task, prior)
-    one, mean = (r["samples"][:1], r["image"]) if args.init else (None, None)
-    panels = [("observed", task.interpolate(y)), ("DIP", r["dip"]), ("DDPM, one sample", one),
-              (f"mean of {args.samples}", mean), ("clean", x)]
-    panels = [panel for panel in panels if panel[1] is not None]
+    ddpm = [("DDPM, one sample", r["samples"][:1]), (f"mean of {args.samples}", r["image"])]
+    panels = [("observed", task.interpolate(y)), ("DIP", r["dip"]), *ddpm[:2 * bool(args.init)]]
+    panels = [panel for panel in (*panels, ("clean", x)) if panel[1] is not None]
     if task.name == "grid":
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(r["samples"])]
     page = figure(panels, x)
@@ -900,9 +898,9 @@ def cmd_restore(args: Namespace) -> int:
 def load_data(path: str, patch: int) -> tuple:
     """(list of uint8 C x H x W, patch): a folder of pictures, or an .npz/.npy array of them."""
     if os.path.isdir(path):
-        images = [(load_image(f, "--data")[0] + 1) * 127.5 for f in photos(path, "--data")]
-        channels = max(len(i) for i in images)
-        images = [i.round().byte().expand(channels, -1, -1) for i in images]    # grey to colour
+        files = photos(path, "--data")
+        images = [((load_image(f, "--data")[0] + 1) * 127.5).round().byte() for f in files]
+        images = [i.expand(max(map(len, images)), -1, -1) for i in images]      # grey to colour
     else:
         images = read(path, "--data", load_array, "give a folder, or uint8 N x H x W (x 3) .npz")
     patch = min(patch, max(min(i.shape[1:]) for i in images))
@@ -937,8 +935,7 @@ def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
     c, model = state["config"], UNet(**state["config"]["unet"]).to(args.device)
     model.load_state_dict(state["ema"])
     if model.channels < channels or kind == "none" and c["t_max"] < c["T"]:
-        fail(f"--ckpt: {path} knows {model.channels} channels and t <= {c['t_max']}, too little "
-             "here; train another, on colour photos or with --prior none")
+        fail(f"--ckpt: {path} knows {model.channels} channels, t <= {c['t_max']}; train for more")
     return Prior(model, NoiseSchedule(c["T"], c["schedule"]), c["t_max"], state["eps_loss"])
 
 def new_state(args: Namespace, channels: int, patch: int) -> dict:
@@ -1004,7 +1001,8 @@ SUITES = {      # tasks, and the arms: what stands in the table is what the comm
         **{name: "fit-dip --nets 1 " + flags for name, flags in (
             ("staged, one network", ""), ("staged, all of y", "--stop fixed"),
             ("staged, short", "--iters 250"), ("staged, sigma estimated", "--told 0"),
-            ("gradient loss", "--loss gradient"))},
+            ("gradient loss", "--loss gradient"),
+            ("staged, brief", "--iters 100 --lr 0.02 --high 1.5 --low 0.5"))},
         **{m: f"fit-dip --method {m}" for m in ("targets", "selfdiff", "adapt", "guide")}}),
     "init": (("superres:4", "inpaint:0.8"), {
         "DIP -> DDPM, 20 steps": "sample --init dip",
@@ -1036,7 +1034,7 @@ def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
         m, log = r["metrics"], [] if given.init else r["rows"]
         panels.append((arm, r["image"]))
         paths[arm] = [(v["seconds"], v["psnr"]) for v in log]
-        rows.append(m | dict(task=given.task, photo=os.path.basename(given.image), arm=arm))
+        rows.append(m | dict(task=given.task, photo=given.image, arm=arm))
         if not log:
             continue
         for rule in rules:
@@ -1052,8 +1050,8 @@ def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
         row["equal"] = ([p for t, p in path if t <= rows[0]["seconds"]] or [None])[-1]
         row["reach"] = min([t for t, p in path if p >= goal], default=None)
     panels = [("observed", task.interpolate(y)), *panels, ("clean", x)]
-    name = f"{args.suite}-{row['photo']}-{given.task}-seed{given.seed}.png".replace(":", "-")
-    save(os.path.join(args.out, name), figure(panels, x))
+    name = f"{args.suite}-{os.path.basename(given.image)}-{given.task}-seed{given.seed}.png"
+    save(os.path.join(args.out, name.replace(":", "-")), figure(panels, x))
     return rows
 
 def markdown(rows: list) -> str:
@@ -1092,18 +1090,20 @@ def cmd_evaluate(args: Namespace) -> int:
             fail(f"--arms: {name} has {'; '.join(arms)}, and no other; name some of these"))
         tasks = args.task.split(",") if args.task else tasks
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
-        part, parts = (os.path.join(args.out, f"{name}-part{n}.json") for n in (rank, "*"))
+        stem = os.path.join(args.out, name + "".join(shared))
+        part, parts = f"{stem}-part{rank}.json", f"{glob.escape(stem)}-part*.json"
         seeds = range(args.seed, args.seed + 100 * args.seeds, 100)
         jobs = [(seed, file, task) for seed in seeds for file in files for task in tasks]
         for seed, file, task in jobs[rank::world]:
-            key = (seed, os.path.basename(file), task)
+            key = (seed, file, task)
             done = {r["arm"] for r in read_rows(parts) if (r["seed"], r["photo"], r["task"]) == key}
-            todo = {a: line for a, line in arms.items() if a not in done}
+            todo = {a: line for a, line in arms.items() if a not in done and (
+                "--told" not in line or task.startswith("denoise"))}
             if not todo:
                 continue
             flags = ["--image", file, "--task", task, "--seed", str(seed)]
             new = evaluate_photo(args, todo, shared + flags)
-            save(part, read_rows(part) + new)
+            save(part, read_rows(glob.escape(part)) + new)
             rows = read_rows(parts)
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
@@ -1119,7 +1119,7 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     (BOTH + " evaluate", "--task", None, None, "denoise:SIGMA, inpaint:SHARE missing, superres:S"),
     (BOTH, "--observed", False, True, "--image is degraded already; denoise estimates the noise"),
     (BOTH, "--mask", None, None, "for inpaint: picture of the image's size, white = known"),
-    (BOTH, "--told", None, (float, 0, 255), "noise that the method is told, 0 = estimated (true)"),
+    (BOTH, "--told", None, (float, 0, 255), "denoise: sigma told to the method, 0 = estimated"),
     (BOTH, "--ckpt", None, None, "prior (runs/train/*.pt, trained if missing)"),
     ("sample", "--init", "noise", ["noise", "observed", "dip"], "what the DDPM starts from"),
     ("sample", "--start", None, (int, 1, 1000), "t0, or auto: the start rule (auto)"),
@@ -1188,8 +1188,8 @@ def main(argv: list | None = None) -> int:
     if not have[name]:
         fail(f"--device: there is no {name} here; use --device auto")
     args.device, args.out = torch.device(name), args.out or os.path.join("runs", args.command)
-    save(os.path.join(args.out, ".writable"), "")
-    os.remove(os.path.join(args.out, ".writable"))
+    save(probe := os.path.join(args.out, f".writable{os.getpid()}"), "")
+    os.remove(probe)
     command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)
     try:
         return command(args)
