@@ -494,7 +494,7 @@ def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int 
     iters, lr, nets = (ADAPT_ITERS, 5e-4, 1) if o.method == "adapt" else (
         DIP_ITERS[task.sigma > 0], 0.01, 2 if o.method == "staged" else 1)
     iters, o.lr, nets = o.iters or iters, o.lr or lr, o.nets or nets
-    if o.tail is None:              # other targets overfit there: report.md, "What holding out costs"
+    if o.tail is None:          # other targets overfit there: report.md, "What holding out costs"
         o.tail = 0.25 if (o.target or METHODS[o.method][1]) == "conjugate" else 0.0
     gen, channels = stream(seed, FIT), y.shape[1]
     torch.manual_seed(stream(seed, INIT).initial_seed())
@@ -673,7 +673,7 @@ def chart(curves: dict, xlabel: str, ylabel: str, stop: float) -> Image.Image:
     draw, corner, size = ImageDraw.Draw(page), (130, 880), (1160, -820)
     curves = {name: [p for p in line if p[1] is not None] for name, line in curves.items()}
     points = np.array([p for line in curves.values() for p in line] or [(0, 0)])
-    low = np.array([points[:, 0].min(), np.percentile(points[:, 1], 3)])
+    low = np.array([points[:, 0].min(), np.percentile(points[:, 1], 1)])
     span = np.maximum(points.max(0) - low, 1e-9)
     for axis in (0, 1):
         steps = [m * 10.0 ** e for e in range(-6, 9) for m in (1, 2, 5)]
