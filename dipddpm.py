@@ -2,13 +2,8 @@
 """Deep Image Prior x DDPM: one file, from the equations to restored photos.
 
 A Deep Image Prior (DIP) is an untrained CNN fitted to one image; a DDPM is a denoiser trained on
-many. Here each helps the other, and one number joins them: the held-out risk R, an estimate of
-the mean squared error of the DIP's output that never sees the clean image.
-
-    python dipddpm.py fit-dip                  # restore one photo: staged noise, stops by itself
-    python dipddpm.py train --prior dip        # train a DDPM only where a DIP will start it
-    python dipddpm.py sample --init dip        # brief DIP -> noise it -> 20 reverse steps
-    python dipddpm.py evaluate stopping        # the tables of README.md and report.md
+many. One number joins them: the held-out risk R, an estimate of the mean squared error of the
+DIP's output that never sees the clean image. Try fit-dip, then sample --init dip: README.md.
 
 Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
     x, xhat, y       clean image, estimate, observation  y = A x + sigma n
@@ -43,7 +38,7 @@ from torch import Tensor, nn
 
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
-BRIEF_ITERS, ADAPT_ITERS, TRAIN_STEPS = 250, 200, 2000  # before a DDPM; from a DDPM; of a prior
+BRIEF_ITERS, ADAPT_ITERS, TRAIN_STEPS = 250, 100, 3000  # before a DDPM; from a DDPM; of a prior
 OBSERVE, INIT, FIT, SAMPLE, TRAIN = range(5)            # what a random stream is for
 
 def stream(seed: int, purpose: int) -> torch.Generator:
@@ -52,9 +47,8 @@ def stream(seed: int, purpose: int) -> torch.Generator:
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
 class NoiseSchedule:
-    """The variance schedule of a DDPM; t runs over 0..T and t = 0 is the clean image.
-    kind: 'linear' (Ho et al. 2020: beta 1e-4..0.02, rescaled by 1000/T) or 'cosine' (Nichol &
-    Dhariwal 2021, eq. 17), else ValueError. betas, abar, sigma: float64 of length T+1."""
+    """betas, abar, sigma: float64 of length T+1. kind: 'linear' (Ho et al. 2020: beta 1e-4..0.02,
+    rescaled by 1000/T) or 'cosine' (Nichol & Dhariwal 2021, eq. 17), else ValueError."""
     def __init__(self, T: int = 1000, kind: str = "linear"):
         self.T, self.kind = T, kind
         if kind == "linear":
@@ -127,7 +121,7 @@ class SkipNet(nn.Module):
         for up in self.up[::-1]:
             x = F.interpolate(x, scale_factor=2.0, mode=self.upsample)
             x = up(torch.cat([skips.pop(), x], 1))
-        return torch.tanh(self.out(x))[..., :h, :w]
+        return torch.tanh(self.out(x).float())[..., :h, :w]
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of t (N) to N x dim, dim even (Vaswani et al. 2017, section 3.5)."""
@@ -138,26 +132,23 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 class ResBlock(nn.Module):
-    """Residual block, told about t by a scale and a shift after its second GroupNorm."""
+    """Residual block without normalisation (EDSR, Lim et al. 2017), told about t by a scale and a
+    shift: an image of any size gets the same treatment in every place."""
     def __init__(self, cin: int, cout: int, emb: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, cin), conv3(cin, cout)
-        self.norm2, self.conv2 = nn.GroupNorm(8, cout), conv3(cout, cout)
+        self.conv1, self.conv2 = conv3(cin, cout), conv3(cout, cout)
         nn.init.zeros_(self.conv2.weight)           # starts near the identity
         self.emb = nn.Linear(emb, 2 * cout)
         self.short = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.short(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.short(x) + self.conv2(F.relu(self.conv1(x) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """Time-conditioned residual U-Net eps_theta(x_t, t) (Ho et al. 2020, appendix B). forward: x
-    N x channels x H x W of any size, t int64 (N), to N x channels x H x W. Works on fold x fold
-    blocks of pixels, for speed; fully convolutional unless attention is set."""
-    def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3),
-                 attention: bool = False, fold: int = 2):
+    """Residual U-Net eps_theta(x_t, t) (Ho et al. 2020, appendix B), on fold x fold blocks for
+    speed. forward: x N x channels x H x W of any size, t int64 (N), to the shape of x."""
+    def __init__(self, channels: int = 3, width: int = 32, mults: tuple = (1, 2, 3), fold: int = 2):
         super().__init__()
         self.channels, self.fold = channels, fold
         widths, emb, self.width = [m * width for m in mults], 4 * width, width
@@ -165,9 +156,8 @@ class UNet(nn.Module):
         self.stem, up = conv3(channels * fold ** 2, width), widths[::-1]
         self.enc = nn.ModuleList(ResBlock(c, w, emb) for c, w in zip([width] + widths, widths))
         self.mid = ResBlock(up[0], up[0], emb)
-        self.attend = nn.MultiheadAttention(up[0], 1, batch_first=True) if attention else None
         self.dec = nn.ModuleList(ResBlock(c + w, w, emb) for c, w in zip(up[:1] + up, up))
-        self.norm, self.out = nn.GroupNorm(8, up[-1]), conv3(up[-1], channels * fold ** 2)
+        self.out = conv3(up[-1], channels * fold ** 2)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -179,23 +169,26 @@ class UNet(nn.Module):
             x = block(F.avg_pool2d(x, 2) if skips else x, emb)               # H, W halved
             skips.append(x)
         x = self.mid(x, emb)
-        if self.attend is not None:
-            v = x.flatten(2).transpose(1, 2)                                 # N x HW x C
-            x = x + self.attend(v, v, v)[0].transpose(1, 2).reshape(x.shape)
         for block in self.dec:
             x = block(torch.cat([x, skips.pop()], 1), emb)
             x = F.interpolate(x, scale_factor=2.0) if skips else x           # H, W doubled
-        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.fold)[..., :h, :w]
+        return F.pixel_shuffle(self.out(x).float(), self.fold)[..., :h, :w]
 
 class Prior(nn.Module):
-    """A trained DDPM: network, schedule, largest t it knows, running eps-loss L_t (length T+1).
-    r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0, as x0_pred - x0 = -sigma_t
+    """A trained DDPM, from a checkpoint: network, schedule, largest t it knows, running eps-loss
+    L_t. r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0, as x0_pred - x0 = -sigma_t
     (eps_pred - eps); L smoothed over 31 t. forward: denoises z = x + noise of level sigma."""
-    def __init__(self, model: nn.Module, schedule: NoiseSchedule, t_max: int, eps_loss: Tensor):
+    def __init__(self, state: dict):
         super().__init__()
-        self.model, self.schedule, self.t_max = model, schedule, t_max
-        smooth = F.avg_pool1d(eps_loss[None, 1:t_max + 1], 31, 1, 15, count_include_pad=False)
-        self.r2 = schedule.sigma ** 2 * F.pad(smooth[0], (1, schedule.T - t_max), value=1.0)
+        c, self.model = state["config"], UNet(**state["config"]["unet"])
+        self.model.load_state_dict(state["ema"])
+        self.schedule, self.t_max = NoiseSchedule(c["T"], c["schedule"]), c["t_max"]
+        self.channels = self.model.channels
+        self.shift, self.trained = c["prior"] == "shift", max(
+            [v["seconds"] for v in state["log"]], default=0.0)
+        loss = F.avg_pool1d(state["eps_loss"][None, 1:self.t_max + 1], 31, 1, 15,
+                            count_include_pad=False)
+        self.r2 = self.schedule.sigma ** 2 * F.pad(loss[0], (1, c["T"] - self.t_max), value=1.0)
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
         t = torch.full((len(z),), min(self.schedule.start_t(sigma ** 2), self.t_max)).to(z.device)
@@ -225,10 +218,13 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
         opt.load_state_dict(state["optimiser"])
         gen.set_state(state["rng"])
     for step in range(state["step"] + 1, steps + 1):
-        x0 = random_patches(images, c["batch"], c["patch"], gen).to(device)
+        x0, u = random_patches(images, c["batch"], c["patch"], gen).to(device), 0.0
+        if c["prior"] == "shift":           # x_t = sqrt(abar) x0 + (1 - sqrt(abar)) u + ..: the
+            x0, u = x0.chunk(2, 1)          # DDPM of x0 - u (ShiftDDPMs, Zhang et al. 2022)
         t = torch.randint(1, c["t_max"] + 1, (c["batch"],), generator=gen)
         eps = torch.randn(x0.shape, generator=gen).to(device)
-        error = (model(q_sample(schedule, x0, t, eps), t.to(device)) - eps) ** 2   # Ho eq. 14
+        xt = u + q_sample(schedule, x0 - u, t, eps)
+        error = (model(xt, t.to(device)) - eps) ** 2                         # Ho eq. 14
         opt.zero_grad()
         error.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -337,7 +333,7 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "when to stop (fixed: --iters)"),
     ("nets", None, (int, 1, 99), "networks to fit and average (staged 2; else, and in sample, 1)"),
     ("iters", None, (int, 2, 10 ** 7), "steps of each (1000 with noise, 400 without, sample 250)"),
-    ("lr", None, (float, 1e-9, 10), "learning rate of Adam (0.01; adapt 5e-4)"),
+    ("lr", None, (float, 1e-9, 10), "learning rate of Adam (0.01; adapt 5e-4, with noise 1e-4)"),
     ("width", 32, (int, 1, 1024), "channels of the hourglass"),
     ("depth", 4, (int, 1, 8), "levels of the hourglass"),
     ("skip", None, (int, 1, 1024), "channels of its skip connections (16; from fixed z 4)"),
@@ -345,7 +341,7 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("upsample", "nearest", ["nearest", "bilinear"], "its upsampling"),
     ("input", None, ["observed", "fixed", "estimate"], "instead of the method's own input"),
     ("target", None, ["conjugate", "plain", "noisy"], "instead of the method's own target"),
-    ("high", 3.0, (float, 1e-3, 100), "first rung of noise, in units of sigma (or 0.2, if 0)"),
+    ("high", None, (float, 1e-3, 100), "first rung of noise / sigma (3), or / 0.2 (3; adapt 1)"),
     ("low", 0.4, (float, 1e-3, 100), "last rung of noise, in the same units"),
     ("shape", "geometric", ["geometric", "linear", "cosine"], "how the rungs fall"),
     ("rungs", 30, (int, 2, 10 ** 7), "how many rungs"),
@@ -379,9 +375,8 @@ class HeldOut:
         return self.val_task.mse(xhat, self.val_y).item() - self.bias
 
 class StopRule:
-    """Every stop rule is a score to be minimised, with patience; none reads a clean image.
-    holdout: the held-out risk. wmv, emv: the moving variance of the outputs, in a window or
-    exponential (Wang et al. 2023, Algorithms 1, 2). fixed: minus the iteration: newest is best."""
+    """A score to be minimised, with patience: the held-out risk (holdout), the outputs' variance in
+    a window or exponential (wmv, emv: Wang et al. 2023, Algorithms 1, 2), or newest is best."""
     def __init__(self, kind: str, patience: int = 1000, window: int = 100, alpha: float = 0.1):
         self.kind, self.patience, self.window, self.alpha = kind, patience, window, alpha
         self.best, self.best_k, self.done = math.inf, 0, False
@@ -411,8 +406,8 @@ class StopRule:
             return math.inf
         return (self.square - self.mean ** 2).mean().item()
 
-# Iteration k of iters: rung s, is it the rung's last, mean squared error to the target; input and
-# output of the network, target; average of the outputs, its risk; the answer, its k and risk.
+# Step k of iters: rung s, is it the rung's last, mean squared error; input, output of the network,
+# target; average of the outputs, its risk; the answer, its k and risk.
 FitStep = namedtuple("FitStep", "k iters s ends mse input output target average risk best best_k "
                      "best_risk")
 
@@ -423,7 +418,8 @@ def turned(x: Tensor, g: int) -> Tensor:
 
 def ladder(o: Namespace, sigma: float, steps: int) -> list:
     """The level s of every step: stairs from o.high to o.low, in units of sigma (or 0.2, if 0)."""
-    high, low = o.high * (sigma or 0.2), o.low * (sigma or 0.2)
+    high = (o.high or (1.0 if o.method == "adapt" and sigma == 0 else 3.0)) * (sigma or 0.2)
+    low = o.low * (sigma or 0.2)
     stairs = [k * o.rungs // steps / (o.rungs - 1) for k in range(steps)]           # 0 .. 1
     if o.shape == "geometric":
         return [high * (low / high) ** u for u in stairs]
@@ -446,9 +442,8 @@ def network_io(source: str, aim: str, y: Tensor, task: Task, estimate: Tensor, f
 
 def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: list, k: int,
             average: Tensor, gen: torch.Generator, fixed: Tensor, prior) -> Iterator[tuple]:
-    """Down the ladder, one Adam step a level, after k steps; yields FitStep's fields to `average`.
-    The average (exponential, over a fifth of the steps, 100 at most) of the outputs is the answer;
-    at each new rung it becomes the estimate from which the next inputs are made."""
+    """Down the ladder, one Adam step a level, after k steps; yields FitStep's fields to `average`,
+    which is over a fifth of the steps, 100 at most, and at each rung makes the next inputs."""
     rung = None
     source, aim = (own or usual for own, usual in zip((o.input, o.target), METHODS[o.method]))
     turns = 8 if aim == "conjugate" and task.sigma > 0 and o.flips else 1
@@ -481,19 +476,16 @@ def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: li
 
 def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int = 0,
             **settings) -> Iterator[FitStep]:
-    """Fit networks to the one observation y (1 x C x h x w, y = A x + sigma n); yield each step.
-    settings: of SETTINGS, by name. No parameter lets the clean image in. The last step's `best` is
-    the answer, the networks' mean. With 'holdout' each net sees only its part of the split until
-    1 - tail of the iterations are done or the risk has not fallen for `patience`; then it goes on
-    from its best weights with all of y, for tail / (1 - tail) as many. prior: a Prior, for adapt
-    and guide. Raises FloatingPointError when the loss is not finite."""
-    known = {name: default for name, default, *_ in SETTINGS}
-    if settings.keys() - known.keys():
-        raise TypeError(f"no setting of SETTINGS: {sorted(settings.keys() - known.keys())}")
-    o = Namespace(**known | settings)
-    iters, lr, nets = (ADAPT_ITERS, 5e-4, 1) if o.method == "adapt" else (
-        DIP_ITERS[task.sigma > 0], 0.01, 2 if o.method == "staged" else 1)
-    iters, o.lr, nets = o.iters or iters, o.lr or lr, o.nets or nets
+    """Fit networks to y (1 x C x h x w, y = A x + sigma n); the last step's `best` is the answer,
+    their mean. settings: of SETTINGS. No parameter lets the clean image in. With 'holdout' a net
+    sees its part of the split until 1 - tail of the steps are done or the risk has not fallen for
+    `patience`; then, from its best weights, all of y, for tail / (1 - tail) as many. prior: for
+    adapt and guide. Raises FloatingPointError when the loss is not finite."""
+    o = Namespace(**{name: settings.pop(name, default) for name, default, *_ in SETTINGS})
+    if settings:
+        raise TypeError(f"no setting of SETTINGS: {sorted(settings)}")
+    adapt, lr, nets = o.method == "adapt", o.lr, o.nets or 1 + (o.method == "staged")
+    iters = o.iters or (ADAPT_ITERS if adapt else DIP_ITERS[task.sigma > 0])
     if o.tail is None:          # other targets overfit there: report.md, "What holding out costs"
         o.tail = 0.25 if (o.target or METHODS[o.method][1]) == "conjugate" else 0.0
     gen, channels = stream(seed, FIT), y.shape[1]
@@ -502,7 +494,8 @@ def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int 
     total = blind = 0.0             # of the nets before: sum of answers, of those blind to val_y
     for n in range(nets):
         cin, skip = (32, 4) if "fixed" == (o.input or METHODS[o.method][0]) else (channels, 16)
-        net = copy.deepcopy(prior) if o.method == "adapt" else SkipNet(
+        o.lr = lr or ((1e-4 if task.sigma > 0 else 5e-4) if adapt and n == 0 else 0.01)
+        net = copy.deepcopy(prior) if adapt and n == 0 else SkipNet(    # adapt: a DDPM, then DIPs
             cin, channels, o.width, o.depth, o.skip or skip, o.norm, o.upsample)
         net = net.to(y.device, memory_format=torch.channels_last)
         opt = torch.optim.Adam(net.parameters(), lr=o.lr, fused=True)
@@ -536,9 +529,8 @@ def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int 
 # ---- 7. Joining the two -----------------------------------------------------------------------
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float,
               y: Tensor | None, task: Task) -> Tensor:
-    """The DDPM's x0 at t, joined with the DIP: the product of N(x0, r_t^2) and N(xhat, R) has mean
-    (x0 / r_t^2 + xhat / R) / (1/r_t^2 + 1/R). Then a proximal step towards A x = y, exact where y
-    is noise-free. xhat, y: None to leave out."""
+    """The DDPM's x0 at t, joined with the DIP: the mean of N(x0, r_t^2) N(xhat, R), then a proximal
+    step towards A x = y, exact where y is noise-free. xhat, y: None to leave out."""
     x0, var, risk = x0.clamp(-1, 1), r2[t].item(), max(risk, 1e-8)
     if xhat is not None:
         x0, var = (x0 * risk + xhat * var) / (risk + var), var * risk / (var + risk)
@@ -549,12 +541,27 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
             eta: float = 0.0, samples: int = 4, seed: int = 0, wrap=iter) -> Tensor:
     """Noise `start` (1 x C x H x W, with noise sigma already) to t0, then go back to t = 0. guide:
     the DIP's output or None, risk: its error's variance; sample i depends on seed + i alone."""
-    gens = [stream(seed + i, SAMPLE) for i in range(samples)]
+    gens, grey = [stream(seed + i, SAMPLE) for i in range(samples)], start.shape[1] == 1
+    y, start, guide = (v if v is None or not grey else v.expand(-1, prior.channels, -1, -1)
+                       for v in (y, start, guide))
     added = math.sqrt(max(prior.schedule.sigma[t0].item() ** 2 - sigma ** 2, 0))
     z = start + added * noise(torch.Size([samples, *start.shape[1:]]), gens).to(start)
-    xt = z * prior.schedule.abar[t0].sqrt().item()                   # x_t0 ~ q(x_t0 | x) or xhat
+    u = guide if prior.shift and guide is not None else 0 * start      # x - u diffuses; usually x
+    xt = (z - u) * prior.schedule.abar[t0].sqrt().item()             # x_t0 ~ q(x_t0 | x) or xhat
     join = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=risk, y=y, task=task)
-    return ddim_sample(prior.model, prior.schedule, xt, t0, steps, gens, eta, join, wrap)
+    out = u + ddim_sample(lambda x, t: prior.model(u + x, t), prior.schedule, xt, t0, steps, gens,
+                          eta, lambda x0, t: join(u + x0, t) - u, wrap)
+    return out.mean(1, keepdim=True) if grey else out
+
+def second_opinion(prior: Prior, held: HeldOut, dip: Tensor, risk: float, **how) -> tuple:
+    """The mean of the DIP and of a DDPM that knows nothing of it, weighed by their held-out risks
+    as if their errors were independent; and its risk. how: for reverse."""
+    task, seen = held.task, held.task.interpolate(held.y)
+    t0 = min(prior.schedule.start_t(max(task.sigma, from_8bit(25)) ** 2), prior.t_max)
+    alone = reverse(prior, None if task.sigma else held.y, task, seen, t0, sigma=task.sigma, **how)
+    alone, risk = alone.mean(0, keepdim=True), max(risk, 1e-8)
+    other = max(held.risk(alone), 1e-8)
+    return dip.lerp(alone, risk / (risk + other)), risk * other / (risk + other)
 
 # ---- 8. Metrics -------------------------------------------------------------------------------
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
@@ -563,9 +570,8 @@ def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
     return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf
 
 def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
-    """Structural similarity (Wang et al. 2004), mean over pixels, channels and images.
-    a, b: N x C x H x W, H and W >= 11 (ValueError). Gaussian window 11, sigma 1.5, K1 0.01, K2
-    0.03, population covariance; borders without a whole window are left out."""
+    """Structural similarity (Wang et al. 2004) of N x C x H x W, H and W >= 11 (else ValueError):
+    Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, population covariance, no padding."""
     if min(a.shape[-2:]) < 11:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
     a, b = (v.cpu().double().flatten(0, 1)[:, None] for v in (a, b))
@@ -667,8 +673,8 @@ def figure(panels: list, x: Tensor | None = None) -> Image.Image:
         draw.text((left + w / 2, top + h + bar * 1.5), below, "dimgrey", font, anchor="mm")
     return page
 
-def chart(curves: dict, xlabel: str, ylabel: str, stop: float) -> Image.Image:
-    """Curves {name: [(x, y or None)]} with axes, ticks and a legend; a line at x = stop."""
+def chart(curves: dict, xlabel: str, ylabel: str) -> Image.Image:
+    """Curves {name: [(x, y or None)]} with axes, ticks and a legend."""
     page, font = Image.new("RGB", (1800, 1000), "white"), ImageFont.load_default(size=26)
     draw, corner, size = ImageDraw.Draw(page), (130, 880), (1160, -820)
     curves = {name: [p for p in line if p[1] is not None] for name, line in curves.items()}
@@ -692,44 +698,35 @@ def chart(curves: dict, xlabel: str, ylabel: str, stop: float) -> Image.Image:
         draw.line([tuple(p) for p in line], colour, 5)
         draw.line((1330, 40 * i, 1380, 40 * i), colour, 7)
         draw.text((1395, 40 * i), name, "black", font, "lm")
-    u = (stop - low[0]) / span[0] * size[0] + corner[0]
-    draw.line((u, 60, u, 880), "black", 2)
-    draw.text((u, 50), "stop", "black", font, "ms")
     return page.resize((1200, 667), Image.LANCZOS)
 
 class Progress:
-    """Runs through steps, with one line of rate and time left if stdout is a terminal. The first
+    """Runs over n steps, with one line of rate and time left if stdout is a terminal. The first
     Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills."""
-    def __init__(self, what: str, steps: Iterator):
-        self.what, self.steps, self.stopped = what, steps, False
-        self.start, self.shown, self.seconds = time.monotonic(), 0.0, 0.0
+    def __init__(self, what: str, n: int = 0):
+        self.what, self.n, self.text = what, n, ""
+        self.stopped, self.count, self.seconds, self.idle = False, 0, 0.0, 0.0  # idle: not counted
 
-    def __iter__(self):
-        before = signal.signal(signal.SIGINT, self.stop)
+    def over(self, steps) -> Iterator:
+        before, start, shown = signal.signal(signal.SIGINT, self.stop), time.monotonic(), 0.0
         try:
-            for step in self.steps:
-                self.seconds = time.monotonic() - self.start
+            for k, step in enumerate(steps, 1):
+                self.seconds, self.count = time.monotonic() - start - self.idle, self.count + 1
                 yield step
+                n = self.n or len(steps)
+                if sys.stdout.isatty() and (self.seconds - shown > 0.5 or k >= n):
+                    shown, rate = self.seconds, k / max(self.seconds, 1e-9)
+                    line = f"{self.what} {k}/{n}  {rate:.1f}/s  {(n - k) / rate:.0f} s left  "
+                    end = "\n" if k >= n else ""
+                    print("\r" + (line + self.text)[:110].ljust(110), end=end, flush=True)
                 if self.stopped:
                     break
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def over(self, steps: list) -> Iterator:
-        self.steps, self.start = steps, time.monotonic()
-        for k, step in enumerate(self, 1):
-            yield step
-            self.show(k, len(steps), "")
-
     def stop(self, *_):
         self.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def show(self, k: int, n: int, text: str):
-        if sys.stdout.isatty() and (self.seconds - self.shown > 0.5 or k >= n):
-            self.shown, rate = self.seconds, k / max(self.seconds, 1e-9)
-            line = f"{self.what} {k}/{n}  {rate:.1f}/s  {(n - k) / rate:.0f} s left  {text}"
-            print("\r" + line[:110].ljust(110), end="\n" if k >= n else "", flush=True)
 
 # ---- 10. The observation: a photo degraded here, or one that the user already has -------------
 def from_8bit(sigma: float) -> float:
@@ -740,7 +737,7 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     """(clean x or None, observation y, Task) of one photo; tensors 1 x C x h x w, args.device."""
     name, _, number = text.partition(":")
     value = float(number) if re.fullmatch(r"\d*\.?\d+", number) else math.nan if number else None
-    if not {"denoise": value is None or 0 < value <= 255, "inpaint": value is None or 0 < value < 1,
+    if not {"denoise": value is None or 0 < value <= 255, "inpaint": not value or 0 < value <= 1,
             "superres": value in (2, 3, 4, 6, 8)}.get(name):
         fail(f"--task: {text!r} is none of denoise:SIGMA (0 to 255), inpaint:SHARE (of the pixels "
              "missing, 0 to 1), superres:2|3|4|6|8")
@@ -758,7 +755,8 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
         mask = load_image(args.mask, "--mask").mean(1, keepdim=True) > 0
     elif name == "inpaint" and value and not args.observed:
         mask = torch.rand((1, 1, h, w), generator=stream(args.seed, OBSERVE)) >= value
-    if name == "inpaint" and (mask is None or mask.shape[2:] != (h, w) or not mask.any()):
+    few = mask is None or mask.shape[2:] != (h, w) or not mask.any() and args.init != "noise"
+    if name == "inpaint" and few:
         fail("--mask: inpaint needs a picture of the image's size, white where a pixel is known, "
              "or --task inpaint:SHARE with some pixels left")
     task = Task(text, 0.0, scale, mask if mask is None else mask.to(image))
@@ -777,18 +775,22 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     return x, y, task
 
 # ---- 11. The commands -------------------------------------------------------------------------
-def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: list) -> tuple:
-    """fit_dip as the flags say; only the log sees x, and `rules`, other StopRules, look on."""
+def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules, fits) -> tuple:
+    """fit_dip as the flags say; only the log sees x, and `rules`, other StopRules, look on. fits:
+    what was fitted before to this y, by its settings: taken again, with its seconds."""
     settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
     if args.init and args.method != "adapt":
         settings |= dict(iters=args.iters or BRIEF_ITERS, nets=args.nets or 1)
+    if (key := tuple(settings.items())) in fits:
+        return fits[key]
     if args.method == "adapt" and args.input == "fixed":
         fail("--input: a trained DDPM cannot denoise the fixed z; adapt needs observed or estimate")
     prior = load_prior(args, "dip", y.shape[1]) if args.method in ("adapt", "guide") else None
-    rows, stages, steps = [], [], Progress("DIP", fit_dip(y, task, prior, **settings))
+    rows, stages, bar = [], [], Progress("DIP")
     try:
-        for last in steps:
-            before = time.monotonic()
+        for last in bar.over(fit_dip(y, task, prior, **settings)):
+            before, bar.n = time.monotonic(), last.iters
+            bar.text = f"noise {last.s * 127.5:.0f}/255"
             for rule in rules:
                 if not rule.done and rule.update(last.k, last.output, last.risk):
                     rule.answer = last
@@ -796,54 +798,54 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules: lis
                 level, (p, q) = last.s * 127.5, quality(last.average, x, last.ends)
                 aim = quality(task.forward(last.output), last.target, last.ends)[1]
                 rows.append(dict(
-                    iter=last.k, seconds=steps.seconds, noise=level, risk=last.risk, psnr=p, ssim=q,
+                    iter=last.k, seconds=bar.seconds, noise=level, risk=last.risk, psnr=p, ssim=q,
                     newest=quality(last.output, x, False)[0], psnr_risk=in_db(last.risk),
                     psnr_target=in_db(last.mse), ssim_target=aim))
             falls = not stages or level < stages[-1][0]                 # not the next net's ladder
             if last.ends and falls and not rules and last.input.shape == last.average.shape:
                 stages.append((level, last.input, last.average))
-            steps.start += time.monotonic() - before            # the clock is for the fit alone
-            steps.show(last.k, last.iters, f"noise {last.s * 127.5:.0f}/255")
+            bar.idle += time.monotonic() - before               # the clock is for the fit alone
     except FloatingPointError as e:
         fail(f"--lr: {e}; lower it")
-    return last, rows, stages, steps.seconds, steps.stopped
+    fits[key] = last, rows, stages, bar.seconds, bar.stopped, rules
+    return fits[key]
 
-def restore(args: Namespace, x, y: Tensor, task: Task, prior, rules: list = ()) -> dict:
+def restore(args: Namespace, x, y: Tensor, task: Task, prior, rules=(), fits=None) -> dict:
     """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both."""
-    seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM", ())
+    seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM")
     more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
     if args.init in (None, "dip"):
-        last, rows, stages, seconds, bar.stopped = run_fit(args, y, task, x, rules)
+        last, rows, stages, seconds, bar.stopped, rules = run_fit(
+            args, y, task, x, rules, {} if fits is None else fits)
         more = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=seconds)
         dip, risk = last.best, None if math.isnan(last.best_risk) else last.best_risk
     image, samples, middle, seconds = dip, dip, time.monotonic(), 0.0
     if args.init:
-        channels = prior.model.channels
+        how = dict(eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
         guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
+        start, steps = seen if dip is None else dip, args.steps
+        if risk is not None and not args.no_guide:
+            held = HeldOut(y, task, stream(args.seed, FIT), args.hold, args.share)      # the fit's
+            steps = max(1, args.steps // 2)
+            start, guess = second_opinion(prior, held, dip, risk, steps=steps, **how)
         t0 = prior.schedule.T if args.init == "noise" else args.start
-        t0 = t0 or prior.schedule.start_t(guess, 1.0 if risk is None else 0.5)
-        if t0 > prior.t_max:
-            print(f"--start: t0 {t0} lowered to {prior.t_max}, the most that this prior knows")
-            t0 = prior.t_max
-        told = task.sigma > 0 and args.init != "noise"         # noisy y speaks through the start
-        start = 0 * seen if args.init == "noise" else seen if dip is None else dip
-        wide = [v if v is None else v.expand(-1, channels, -1, -1)              # grey to colour
-                for v in (None if told else y, start, None if args.no_guide else dip)]
-        samples = reverse(prior, wide[0], task, wide[1], t0, guide=wide[2], risk=guess,
-                          sigma=task.sigma if args.init == "observed" else 0.0, steps=args.steps,
-                          eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
+        t0 = min(t0 or prior.schedule.start_t(guess), prior.t_max)
+        samples = reverse(
+            prior, y if task.sigma == 0 or args.init == "noise" else None,  # or: the start tells
+            task, start * (args.init != "noise"), t0, sigma=task.sigma * (args.init == "observed"),
+            guide=None if dip is None or args.no_guide else start, risk=guess, steps=steps, **how)
         seconds = time.monotonic() - middle
-        samples = samples.mean(1, keepdim=True) if y.shape[1] < channels else samples
         image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
         rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
-        more |= dict(psnr_dip=quality(dip, x)[0], psnr_mean=quality(image, x)[0], t0=t0, nfe=min(
-            args.steps, t0), psnr_sample=x if x is None else np.mean([p for p, _ in each]).item(),
-            seconds_ddpm=seconds)
+        more |= dict(psnr_dip=quality(dip, x)[0], psnr_mean=quality(image, x)[0], t0=t0,
+            nfe=bar.count, psnr_sample=x if x is None else np.mean([p for p, _ in each]).item(),
+            spread=127.5 * samples.std(0, correction=0).square().mean().sqrt().item(),
+            seconds_ddpm=seconds, trained=prior.trained)
     metrics = dict(zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0],
                    seconds=more["seconds_dip"] + seconds, risk=risk, sigma=task.sigma * 127.5,
                    task=task.name, init=args.init, method=args.method, stop=args.stop)
     return dict(image=image, samples=samples, dip=dip, rows=rows, stages=stages,
-                metrics=metrics | more | dict(seed=args.seed), stopped=bar.stopped)
+                metrics=metrics | more | dict(seed=args.seed), stopped=bar.stopped, rules=rules)
 
 def prepare(args: Namespace) -> tuple:
     """(clean x or None, y, Task, Prior or None); a grid restores an image with no known pixel."""
@@ -853,10 +855,11 @@ def prepare(args: Namespace) -> tuple:
     grid = kind == "none" and args.image is None and args.task is None
     args.samples = args.samples or (16 if grid else 4)
     args.steps = args.steps or (100 if kind == "none" else 20)
+    args.eta = args.eta if args.eta is not None else 1.0 - grid
     args.size = args.size or (64 if grid else 128 if args.image is None else None)
     if grid:
         prior = load_prior(args, kind, 1)
-        y = torch.zeros(1, prior.model.channels, args.size, args.size, device=args.device)
+        y = torch.zeros(1, prior.channels, args.size, args.size, device=args.device)
         return None, y, Task("grid", mask=torch.zeros_like(y[:, :1])), prior
     args.image = args.image or os.path.join(PHOTOS, "test", "astronaut.png")
     args.task = args.task or ("superres:4" if args.init else "denoise:25")
@@ -866,8 +869,7 @@ def prepare(args: Namespace) -> tuple:
 def cmd_restore(args: Namespace) -> int:
     """fit-dip and sample."""
     x, y, task, prior = prepare(args)
-    how = f"init {args.init}, {args.steps} steps, {args.samples} samples" if args.init else (
-        f"{args.method}, stop {args.stop}")
+    how = f"init {args.init}, {args.steps} steps" if args.init else args.method
     banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
     r = restore(args, x, y, task, prior)
     ddpm = [("DDPM, one sample", r["samples"][:1]), (f"mean of {args.samples}", r["image"])]
@@ -881,10 +883,11 @@ def cmd_restore(args: Namespace) -> int:
     if args.init:
         files["sample.png"] = to_image(r["samples"])
     else:
-        files["curves.png"] = chart({text: [(v["iter"], v[c]) for v in r["rows"]] for c, text in (
+        curves = {text: [(v["iter"], v[c]) for v in r["rows"]] for c, text in (
             ("psnr", "to the clean image, average"), ("newest", "to the clean image, newest"),
-            ("psnr_target", "to the stage's target"), ("psnr_risk", "estimated from R"))},
-            "iteration", "PSNR, dB", r["metrics"]["stop_iter"])
+            ("psnr_target", "to the stage's target"), ("psnr_risk", "estimated from R"))}
+        stop = [(r["metrics"]["stop_iter"], v["psnr_target"]) for v in r["rows"]]
+        files["curves.png"] = chart(curves | {"where it stops": stop}, "iteration", "PSNR, dB")
     if r["stages"]:
         strip = [r["stages"][i] for i in np.linspace(0, len(r["stages"]) - 1, 6).astype(int)]
         files["stages.png"] = figure([(f"noise {level:.0f}", z) for level, z, _ in strip]
@@ -917,9 +920,7 @@ def load_array(path: str) -> list:
 
 def load_state(path: str) -> dict:
     """A checkpoint (see new_state); an error if it is none, or not whole."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    UNet(**state["config"]["unet"]).load_state_dict(state["ema"])
-    return state
+    return Prior(state := torch.load(path, map_location="cpu", weights_only=True)) and state
 
 def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one of this kind, trained on the spot when missing."""
@@ -928,62 +929,69 @@ def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
         print(f"no prior yet: training {path} on images/train, once, about 4 minutes on two cores")
         part = os.path.join("runs", "train", "part")        # a prior only when it is whole
         more = ["--resume"] * os.path.exists(os.path.join(part, f"{kind}.pt"))
+        more += ["--bf16"] * args.bf16
         if main(["train", "--prior", kind, "--device", args.device.type, "--out", part] + more):
             raise KeyboardInterrupt
         os.replace(os.path.join(part, f"{kind}.pt"), path)
-    state = read(path, "--ckpt", load_state, "train a prior")
-    c, model = state["config"], UNet(**state["config"]["unet"]).to(args.device)
-    model.load_state_dict(state["ema"])
-    if model.channels < channels or kind == "none" and c["t_max"] < c["T"]:
-        fail(f"--ckpt: {path} knows {model.channels} channels, t <= {c['t_max']}; train for more")
-    return Prior(model, NoiseSchedule(c["T"], c["schedule"]), c["t_max"], state["eps_loss"])
+    prior = Prior(read(path, "--ckpt", load_state, "train a prior"))
+    if prior.channels < channels or kind == "none" and prior.t_max < prior.schedule.T:
+        fail(f"--ckpt: {path} knows {prior.channels} channels, t <= {prior.t_max}; train for "
+             "more")
+    return prior.to(args.device, memory_format=torch.channels_last)
 
 def new_state(args: Namespace, channels: int, patch: int) -> dict:
     """A checkpoint before its first step: a plain dict that weights_only=True can read."""
-    schedule = NoiseSchedule(1000, args.schedule)
-    usual = schedule.start_t(from_8bit(50) ** 2) if args.prior == "dip" else schedule.T
-    unet = dict(channels=channels, width=args.width // 8 * 8, attention=args.attention)
     config = {c: getattr(args, c) for c in ("schedule", "prior", "batch", "lr", "seed")}
-    config |= dict(unet=unet, T=schedule.T, patch=patch, t_max=args.t_max or usual)
+    config |= dict(unet=dict(channels=channels, width=args.width // 8 * 8), T=1000, patch=patch)
+    first_rung = NoiseSchedule(1000, args.schedule).start_t(0.6 ** 2)
+    config["t_max"] = args.t_max or (first_rung if args.prior == "dip" else 1000)
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
-    weights = UNet(**unet).state_dict()
+    weights = UNet(**config["unet"]).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimiser={}, rng=None, log=[],
-                eps_loss=torch.ones(schedule.T + 1))
+                eps_loss=torch.ones(1001))
 
 def cmd_train(args: Namespace) -> int:
+    """Algorithm 1 until --steps, from --resume's checkpoint or from the start."""
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = read(path, "--resume", load_state, "train anew") if args.resume else None
     images, patch = load_data(args.data, state["config"]["patch"] if state else args.patch)
+    images += [F.avg_pool2d(i[None].float(), 2)[0].round().byte() for i in images * args.halve]
     state = state or new_state(args, len(images[0]), patch)
-    c = state["config"]
-    net, ema = (UNet(**c["unet"]).to(args.device) for _ in range(2))
+    c, rows, step = state["config"], state["log"], state["step"]
+    net, ema = (UNet(**c["unet"]).to(args.device, memory_format=torch.channels_last)
+                for _ in range(2))
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     state.update(model=net.state_dict(), ema=ema.state_dict())          # from now on, always live
     if (net.channels, c["patch"]) != (len(images[0]), patch):
         fail(f"--data: the checkpoint is for {net.channels} channels, {c['patch']} pixels a side")
-    if state["step"] >= args.steps:
-        fail(f"--steps: {path} has {state['step']} steps already; ask for more")
     banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, "
-                 f"{c['patch']}x{c['patch']}, steps {state['step']} to {args.steps}", net)
-    rows, steps = state["log"], Progress("DDPM", train_ddpm(
-        state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps))
-    for loss in steps:
+                 f"{c['patch']}x{c['patch']}, steps {step} to {args.steps}", net)
+    bar, dips = Progress("DDPM", args.steps - step), Progress("DIP")
+    for n, image in enumerate(dips.over(images) if c["prior"] == "shift" else ()):
+        *_, last = fit_dip(image[None].to(args.device) / 127.5 - 1, Task("shift"), method="dip",
+                           stop="fixed", iters=50)              # u, a classic DIP, barely fitted
+        images[n] = torch.cat([image, ((last.output[0].cpu() + 1) * 127.5).round().byte()])
+    before = rows[-1]["seconds"] if rows else dips.seconds
+    for loss in bar.over(() if dips.stopped else train_ddpm(
+            state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps)):
         step, running = state["step"], state["eps_loss"][1:c["t_max"] + 1]
         quarters = {f"loss_quarter{i}": v.mean().item() for i, v in enumerate(running.chunk(4), 1)}
-        steps.show(step, args.steps, " ".join(f"{k} {v:.3f}" for k, v in quarters.items()))
+        bar.text = f"loss {loss:.3f}"
         if not math.isfinite(loss):
             fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
         if step % 50 == 0 or step == args.steps:
-            rows.append(dict(step=step, seconds=steps.seconds, loss=loss) | quarters)
+            rows.append(dict(step=step, seconds=before + bar.seconds, loss=loss) | quarters)
         if step % 500 == 0:
             save(path, state)
+        if args.keep and step % args.keep == 0:
+            save(f"{path[:-3]}-{step:06d}.pt", state | dict(model=state["ema"], optimiser={}))
     save(path, state)
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
-        psnr=None, seconds=steps.seconds, step=step, eps_loss=running.mean().item()))
-    print(f"{step} steps in {steps.seconds:.0f} s -> {path}", flush=True)
-    return 130 if steps.stopped else 0
+        psnr=None, seconds=before + bar.seconds, step=step, eps_loss=state["eps_loss"].tolist()))
+    print(f"{step} steps in {before + bar.seconds:.0f} s -> {path}", flush=True)
+    return 130 if bar.stopped or dips.stopped else 0
 
 def banner(args: Namespace, text: str, net: nn.Module | None = None):
     """What was chosen, in one line."""
@@ -992,63 +1000,51 @@ def banner(args: Namespace, text: str, net: nn.Module | None = None):
           f"{args.seed} -> {args.out}", flush=True)
 
 # ---- 12. Evaluation: the tables of README.md and report.md ------------------------------------
-CLASSIC = "fit-dip --method dip --iters 1800"
-SUITES = {      # tasks, and the arms: what stands in the table is what the command does
-    "stopping": (("denoise:25", "inpaint:0.8", "superres:4"), {
-        "staged": "fit-dip",
-        "classic DIP": CLASSIC + " --stop fixed",
-        "classic DIP, held out": CLASSIC,
-        **{name: "fit-dip --nets 1 " + flags for name, flags in (
-            ("staged, one network", ""), ("staged, all of y", "--stop fixed"),
-            ("staged, short", "--iters 250"), ("staged, sigma estimated", "--told 0"),
-            ("gradient loss", "--loss gradient"),
-            ("staged, brief", "--iters 100 --lr 0.02 --high 1.5 --low 0.5"))},
-        **{m: f"fit-dip --method {m}" for m in ("targets", "selfdiff", "adapt", "guide")}}),
-    "init": (("superres:4", "inpaint:0.8"), {
-        "DIP -> DDPM, 20 steps": "sample --init dip",
-        **{f"DIP alone, {n} steps": f"fit-dip --nets 1 --iters {n}" for n in (250, 375, 750)},
-        "observed-init, 20 steps": "sample --init observed",
-        **{f"noise-init, {n} steps": f"sample --init noise --steps {n}" for n in (20, 200)}}),
-    "ablation": (("denoise:25",), {flags: "fit-dip --nets 1 " + flags for flags in (
-        "--nets 1,--nets 2,--nets 3,--high 1.5,--high 6,--low 0.2,--low 0.8,--high 0.4 --low 3,"
-        "--shape linear,--shape cosine,--rungs 5,--rungs 1000,--fresh 0,--input fixed,"
-        "--target plain,--target noisy,--flips 0,--iters 500,--iters 2000,--width 16,--width 64,"
-        "--depth 2,--depth 5,--skip 4,--skip 32,--norm group,--upsample bilinear,--lr 0.003,"
-        "--lr 0.03,--hold 0.1,--hold 0.5,--tail 0,--stop fixed,--told 20,--told 22.5,"
-        "--told 27.5,--told 30,--told 0").split(",")})}
-COLUMNS = ("psnr ssim seconds stop_iter oracle newest_oracle gap gap_holdout gap_wmv gap_emv reach "
-           "equal psnr_sample nfe t0").split()
+SUITES = {      # tasks, arms; {a|b} stands for one command line with a and one with b. Ablations:
+    "stopping": ("denoise:25,inpaint:0.8,superres:4",                      # --arms in report.md
+                 "fit-dip{| --nets 1| --method adapt| --method targets| --method selfdiff|"
+                 " --method guide| --method dip --iters 1800 --stop fixed}"),
+    "init": ("superres:4,inpaint:0.8",
+             "sample --init dip --iters {50|100|200|400|800};fit-dip --nets 1 --iters {300|600};"
+             "sample --init observed{| --start 30| --start 90| --start 170| --steps 1 --samples 1};"
+             "sample --init noise --steps {20|100|200};fit-dip --method adapt --iters {50|100|200};"
+             "sample --init dip{ --method adapt| --iters 200 --no-guide| --iters 800 --no-guide}"),
+    "training": ("denoise:15,denoise:25,denoise:50",                       # what train --keep left
+                 "sample --init observed --steps 1 --samples 1 --ckpt {"
+                 + "|".join(sorted(glob.glob("runs/train/*.pt")) or ["runs/train/none.pt"]) + "}"),
+    "ablation": ("denoise:25",
+                 "fit-dip --nets 1{| --high 6| --low 0.2| --rungs 5| --fresh 0| --input fixed|"
+                 " --target plain| --flips 0| --width 64| --depth 2| --loss gradient| --told 0}")}
+COLUMNS = ("psnr ssim seconds stop_iter oracle newest_oracle gap gap_holdout gap_wmv gap_emv "
+           "psnr_dip psnr_sample spread seconds_dip nfe t0 trained").split()
 
-def evaluate_photo(args: Namespace, arms: dict, flags: list) -> list:
-    """Run every arm on one photo and task: numbers and a figure. Here alone the clean x speaks.
-    oracle: the best PSNR on a fit's path; gap: what the answer, or another stop rule's, lacks to
-    it; equal: the PSNR when the first arm ends; reach: the seconds to the classic DIP's oracle."""
-    rows, panels, paths = [], [], {}
-    for arm, line in arms.items():
-        given = make_parser().parse_args(line.split() + flags)
+def expand(text: str) -> list:
+    """The command lines that `text` stands for."""
+    head, brace, rest = text.partition("{")
+    options, _, tail = rest.partition("}")
+    return [e for o in options.split("|") for e in expand(head + o + tail)] if brace else [text]
+
+def evaluate_photo(args: Namespace, arms: list, flags: list) -> list:
+    """Run every arm on one photo and task: numbers and a figure. oracle: the best PSNR on a fit's
+    path; gap: what a stop rule's answer lacks to it."""
+    rows, panels, fits, quick = [], [], {}, ["--size", "32", "--iters", "20"] * args.quick
+    for arm in arms:
+        given = make_parser().parse_args(arm.split()[:1] + flags + arm.split()[1:] + quick)
         given.device, rules = args.device, [StopRule(kind) for kind in ("wmv", "emv", given.stop)]
         x, y, task, prior = prepare(given)
-        r = restore(given, x, y, task, prior, rules)
+        r = restore(given, x, y, task, prior, rules, fits)
         if r["stopped"]:
             raise KeyboardInterrupt
-        m, log = r["metrics"], [] if given.init else r["rows"]
+        m, log, rules = r["metrics"], [] if given.init else r["rows"], r["rules"]
         panels.append((arm, r["image"]))
-        paths[arm] = [(v["seconds"], v["psnr"]) for v in log]
-        rows.append(m | dict(task=given.task, photo=given.image, arm=arm))
-        if not log:
-            continue
-        for rule in rules:
+        rows.append(m | dict(task=flags[flags.index("--task") + 1], photo=given.image, arm=arm))
+        for rule in rules if log else ():
             best = max(v["psnr"] for v in log if rule.kind != "holdout" or v["risk"] == v["risk"])
-            p, q = quality(rule.answer.average, x)
-            found = dict(psnr=p, ssim=q, newest=quality(rule.answer.output, x)[0], gap=best - p)
-            rows[-1] |= {f"{name}_{rule.kind}": v for name, v in found.items()}
-        best, newest = (max(v[c] for v in log) for c in ("psnr", "newest"))
-        rows[-1] |= dict(oracle=best, newest_oracle=newest, gap=best - m["psnr"])
-    goal = max([p for _, p in paths.get("classic DIP", ())], default=math.inf)
-    for row in rows:
-        path = paths[row["arm"]]
-        row["equal"] = ([p for t, p in path if t <= rows[0]["seconds"]] or [None])[-1]
-        row["reach"] = min([t for t, p in path if p >= goal], default=None)
+            p = quality(rule.answer.average, x, False)[0]
+            rows[-1] |= {f"psnr_{rule.kind}": p, f"gap_{rule.kind}": best - p}
+        if log:
+            best, newest = (max(v[c] for v in log) for c in ("psnr", "newest"))
+            rows[-1] |= dict(oracle=best, newest_oracle=newest, gap=best - m["psnr"])
     panels = [("observed", task.interpolate(y)), *panels, ("clean", x)]
     name = f"{args.suite}-{os.path.basename(given.image)}-{given.task}-seed{given.seed}.png"
     save(os.path.join(args.out, name.replace(":", "-")), figure(panels, x))
@@ -1064,15 +1060,14 @@ def markdown(rows: list) -> str:
         for c in COLUMNS:
             v = [r[c] for r in group if r.get(c) is not None]
             text = f"{np.mean(v):.{3 if c == 'ssim' else 2}f}" if v else ""
-            if v and c.startswith("gap"):
-                text += f" / {max(v):.2f} / {sum(g > 1 for g in v)}"
-            table[-1].append(text)
+            worst = f" / {max(v):.2f} / {sum(g > 1 for g in v)}" if v and c[:3] == "gap" else ""
+            table[-1].append(text + worst)
         seeds = {r["seed"] for r in group}
         means = [np.mean([r["psnr"] for r in group if r["seed"] == s]) for s in seeds]
         table[-1].append(f"{np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
-    filled = [i for i, column in enumerate(zip(*table[1:])) if any(column)]
-    lines = [[line[i] for i in filled] for line in (table[0], ["---"] * len(table[0]), *table[1:])]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    kept = [c for c in zip(*table) if any(c[1:])]
+    lines = [*zip(*kept)]
+    return "".join(f"| {' | '.join(v)} |\n" for v in (lines[0], ["---"] * len(kept), *lines[1:]))
 
 def read_rows(pattern: str) -> list:
     """What evaluate has measured so far, in all its processes."""
@@ -1082,13 +1077,15 @@ def cmd_evaluate(args: Namespace) -> int:
     """Run the suites: torchrun shares the photos; what is in --out already is not done again."""
     files = photos(args.images, "--images")[:1 if args.quick else None]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve
-    shared += ["--size", "32", "--iters", "20"] * args.quick
+    shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve + ["--bf16"] * args.bf16
     for name in SUITES if args.suite == "all" else [args.suite]:
-        (tasks, arms), args.suite = SUITES[name], name
-        arms = {a: v for a, v in arms.items() if a in args.arms.split(";") or not args.arms} or (
-            fail(f"--arms: {name} has {'; '.join(arms)}, and no other; name some of these"))
-        tasks = args.task.split(",") if args.task else tasks
+        tasks, text = SUITES[name]
+        tasks, text, args.suite = (args.task or tasks).split(","), args.arms or text, name
+        arms = list(dict.fromkeys(arm for part in text.split(";") for arm in expand(part)))
+        for arm in arms:                                    # a bad one ends it now
+            if arm.split()[:1] not in (["fit-dip"], ["sample"]):
+                fail(f"--arms: {arm!r} is no command line; write fit-dip .. or sample ..")
+            make_parser().parse_args(arm.split())
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
         stem = os.path.join(args.out, name + "".join(shared))
         part, parts = f"{stem}-part{rank}.json", f"{glob.escape(stem)}-part*.json"
@@ -1097,17 +1094,17 @@ def cmd_evaluate(args: Namespace) -> int:
         for seed, file, task in jobs[rank::world]:
             key = (seed, file, task)
             done = {r["arm"] for r in read_rows(parts) if (r["seed"], r["photo"], r["task"]) == key}
-            todo = {a: line for a, line in arms.items() if a not in done and (
-                "--told" not in line or task.startswith("denoise"))}
+            todo = [arm for arm in arms if arm not in done and (
+                "--told" not in arm and "--steps 1 " not in arm or task.startswith("denoise"))]
             if not todo:
                 continue
-            flags = ["--image", file, "--task", task, "--seed", str(seed)]
-            new = evaluate_photo(args, todo, shared + flags)
+            flags = shared + ["--image", file, "--task", task, "--seed", str(seed)]
+            new = evaluate_photo(args, todo, flags)
             save(part, read_rows(glob.escape(part)) + new)
             rows = read_rows(parts)
             save(os.path.join(args.out, f"{name}.csv"), rows)
             save(os.path.join(args.out, f"{name}.md"), markdown(rows))
-            print(*flags, *(f"| {r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
+            print(*flags[-6:], *(f"| {r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
         print(markdown(read_rows(parts)))
     return 0
 
@@ -1122,30 +1119,31 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     (BOTH, "--told", None, (float, 0, 255), "denoise: sigma told to the method, 0 = estimated"),
     (BOTH, "--ckpt", None, None, "prior (runs/train/*.pt, trained if missing)"),
     ("sample", "--init", "noise", ["noise", "observed", "dip"], "what the DDPM starts from"),
-    ("sample", "--start", None, (int, 1, 1000), "t0, or auto: the start rule (auto)"),
+    ("sample", "--start", None, (int, 1, 1000), "t0 <= train --t-max, or auto: start rule (auto)"),
     ("sample", "--steps", None, (int, 1, 1000), "reverse steps (20; from noise 100)"),
     ("sample", "--samples", None, (int, 1, 1024), "samples K (4; grid 16)"),
     ("sample", "--no-guide", False, True, "no precision guidance by the DIP"),
-    ("sample", "--eta", 0.0, (float, 0, 1), "0 DDIM .. 1 ancestral noise"),
+    ("sample", "--eta", None, (float, 0, 1), "0 DDIM .. 1 ancestral noise (1; grid 0)"),
     ("train", "--data", os.path.join(PHOTOS, "train"), None, "folder of pictures, or an .npz"),
-    ("train", "--prior", "none", ["none", "dip"], "none: all t; dip: only t <= --t-max"),
+    ("train", "--prior", "none", ["none", "dip", "shift"], "none: all t; dip: t <= --t-max"),
     ("train", "--t-max", None, (int, 1, 1000), "largest t (none: 1000; dip: by the start rule)"),
     ("train", "--schedule", "linear", ["linear", "cosine"], "noise schedule"),
     ("train", "--steps", TRAIN_STEPS, (int, 1, 10 ** 8), "training steps"),
     ("train", "--batch", 16, (int, 1, 4096), "patches a step"),
     ("train", "--patch", 48, (int, 4, 1024), "side of the patches, pixels"),
-    ("train", "--attention", False, True, "self-attention, for data sets of whole small images"),
+    ("train", "--keep", 0, (int, 0, 10 ** 8), "also keep the weights of each so many steps"),
     ("train", "--resume", False, True, "go on from the checkpoint in --out"),
     ("evaluate", "--images", os.path.join(PHOTOS, "test"), None, "folder of photos"),
-    ("evaluate", "--arms", "", None, "only these arms, named with ; between"),
+    ("evaluate", "--arms", "", None, "command lines of fit-dip and sample, with ; between"),
     ("evaluate", "--seeds", 1, (int, 1, 99), "how many seeds: --seed, --seed + 100, .."),
     ("evaluate", "--quick", False, True, "one photo, 32x32, 20 iterations: a check"),
     ("train", "--width", 48, (int, 8, 1024), "channels, in eights"),
     ("train", "--lr", 1e-3, (float, 1e-9, 10), "learning rate of Adam"),
-    (BOTH + " evaluate", "--halve", False, True, "first average 2x2 pixels of the photo"),
+    (ALL, "--halve", False, True, "average 2x2 pixels of the photo (train: of copies)"),
     (BOTH + " evaluate", "--size", None, (int, 1, 10 ** 5), "centre crop (128; of --image all)"),
     (ALL, "--seed", 0, (int, 0, 10 ** 9), "of all that is random"),
     (ALL, "--device", "auto", ["auto", "cpu", "cuda", "mps"], "where to run"),
+    (ALL, "--bf16", False, True, "networks in bfloat16: faster where the machine has it"),
     (ALL, "--out", None, None, "folder for what is written (runs/COMMAND)"),
 ) + tuple((BOTH, "--" + name, default, kind, text) for name, default, kind, text in SETTINGS)
 
@@ -1175,7 +1173,7 @@ def make_parser() -> ArgumentParser:
             options["type"] = functools.partial(in_range, default, *kind)
         for name in names.split():
             parsers[name].add_argument(flag, help=text, **options)
-    parsers["fit-dip"].set_defaults(init=None, no_guide=False, samples=None, steps=None)
+    parsers["fit-dip"].set_defaults(init=None, no_guide=False, samples=None, steps=None, eta=None)
     for p in (parser, *parsers.values()):
         p.error = fail                                                      # one line
     return parser
@@ -1191,8 +1189,10 @@ def main(argv: list | None = None) -> int:
     save(probe := os.path.join(args.out, f".writable{os.getpid()}"), "")
     os.remove(probe)
     command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)
+    half = torch.autocast(name, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     try:
-        return command(args)
+        with half:
+            return command(args)
     except KeyboardInterrupt:
         return 130
 

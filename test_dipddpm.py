@@ -30,6 +30,16 @@ def run(*argv):
         return e.code
 
 
+def make_prior(model, t_max, eps_loss):
+    """A Prior around any model(x_t, t), its eps-loss the same at every t."""
+    config = dict(unet=dict(width=8), T=1000, schedule="linear", t_max=t_max, prior="none")
+    prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(), log=[],
+                         eps_loss=torch.full((1001,), eps_loss)))
+    del prior.model                                         # also a plain function may take its place
+    prior.model, prior.channels = model, 1
+    return prior
+
+
 def smooth_image(n=16, channels=3):
     u = torch.linspace(-1, 1, n)
     waves = [torch.sin((2 + c) * u)[:, None] * torch.cos((3 - c) * u)[None] for c in range(channels)]
@@ -185,7 +195,7 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
             seen.extend(t.tolist())
             return x * self.w
 
-    state = dict(config=dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7), step=0, rng=None,
+    state = dict(config=dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7, prior="none"), step=0, rng=None,
                  optimiser={}, eps_loss=torch.ones(101))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
     list(D.train_ddpm(state, Spy(), Spy(), D.NoiseSchedule(100), images, 40))
@@ -203,7 +213,7 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_take_any_size(size, channels):
     x = torch.randn(2, channels, *size)
-    assert D.UNet(channels, width=8, attention=True)(x, torch.tensor([1, 2])).shape == x.shape
+    assert D.UNet(channels, width=8)(x, torch.tensor([1, 2])).shape == x.shape
     out = D.SkipNet(channels, channels, width=8)(x)
     assert out.shape == x.shape and out.abs().max() <= 1
 
@@ -214,8 +224,96 @@ def test_error_variance_is_the_error_of_x0():
     x0, eps = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     xt = D.q_sample(s, x0, torch.tensor([t]), eps)
     off = D.predict_x0(s, xt, torch.tensor([t]), eps + e) - x0
-    prior = D.Prior(None, s, 100, torch.full((1001,), e ** 2))
+    prior = make_prior(None, 100, e ** 2)
     assert prior.r2[t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
+
+
+def test_unet_treats_every_place_alike():
+    """No normalisation: the middle of a picture does not depend on what is far away from it."""
+    torch.manual_seed(0)
+    net = D.UNet(width=8, mults=(1, 1))
+    nn.init.normal_(net.out.weight, std=0.1)
+    for block in [*net.enc, net.mid, *net.dec]:
+        nn.init.normal_(block.conv2.weight, std=0.1)
+    x, t = torch.randn(1, 3, 96, 96), torch.tensor([5])
+    other = x.clone()
+    other[..., 80:] += 3
+    a, b = net(x, t), net(other, t)
+    assert torch.equal(a[..., :30], b[..., :30]) and (a - b).abs().max() > 0.1
+
+
+def test_prior_shift_is_the_ddpm_of_the_difference():
+    """x_t = sqrt(abar) x0 + (1 - sqrt(abar)) u + sqrt(1 - abar) eps (ShiftDDPMs): what the network
+    sees in training, and what the reverse process undoes when the network is perfect."""
+    s, seen = D.NoiseSchedule(), []
+    photo, dip = torch.full((3, 8, 8), 255, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t):
+            seen.append((x.detach().clone(), t))
+            return x * 0 + self.w
+
+    state = dict(config=dict(lr=1e-3, seed=0, batch=64, patch=8, t_max=1000, prior="shift"), step=0,
+                 rng=None, optimiser={}, eps_loss=torch.ones(1001))
+    next(D.train_ddpm(state, Spy(), Spy(), s, [torch.cat([photo, dip])], 1))
+    (xt, t), = seen
+    root = s.abar[t].sqrt().float()                                     # x0 = 1, u = -1
+    expected, std = 2 * root - 1, (1 - s.abar[t]).sqrt().float()
+    z = (xt.mean((1, 2, 3)) - expected) / std * math.sqrt(192)
+    assert xt.shape == (64, 3, 8, 8) and z.abs().max() < 5 and z.std() == pytest.approx(1, abs=0.3)
+
+    x0, u = torch.rand(1, 3, 8, 8) - 0.5, torch.full((1, 3, 8, 8), 0.7)
+
+    def perfect(xt, t):
+        abar = s.abar[t[0]].item()
+        mean = math.sqrt(abar) * x0 + (1 - math.sqrt(abar)) * u
+        return (xt - mean) / math.sqrt(1 - abar)
+
+    prior = make_prior(perfect, 1000, 1e-8)
+    for prior.shift, good in ((True, True), (False, False)):
+        out = D.reverse(prior, None, D.Task("x"), u, 600, guide=u, risk=1e6, steps=5)
+        assert torch.allclose(out, x0.expand_as(out), atol=1e-3) == good
+
+
+def test_kept_weights_are_priors(tmp_path):
+    flags = ["train", "--batch", 2, "--patch", 16, "--width", 8, "--out", tmp_path, "--halve"]
+    assert run(*flags, "--steps", 4, "--keep", 2) == 0
+    assert sorted(os.listdir(tmp_path)) == ["log.csv", "metrics.json", "none-000002.pt",
+                                            "none-000004.pt", "none.pt"]
+    whole, kept = (D.Prior(D.load_state(tmp_path / f)) for f in ("none.pt", "none-000004.pt"))
+    for a, b in zip(whole.parameters(), kept.parameters()):
+        assert torch.equal(a, b)
+    assert whole.trained == kept.trained > 0
+
+
+def test_training_a_shift_prior(tmp_path):
+    flags = ["train", "--batch", 2, "--patch", 16, "--width", 8, "--out", tmp_path, "--steps", 2]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = (np.random.default_rng(0).random((24, 24, 3)) * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    assert run(*flags, "--prior", "shift", "--data", folder) == 0
+    prior = D.Prior(D.load_state(tmp_path / "shift.pt"))
+    assert prior.shift and prior.t_max == 1000 and prior.channels == 3
+
+
+def test_bf16_is_close_and_can_be_trained(tmp_path, photo):
+    out = {}
+    for flag in ([], ["--bf16"]):
+        flags = ["--image", photo, "--iters", 30, "--nets", 1, "--out", tmp_path / f"f{len(flag)}"]
+        assert run("fit-dip", *flags, *flag) == 0
+        out[len(flag)] = D.load_image(str(tmp_path / f"f{len(flag)}" / "result.png"))
+        assert run("train", "--batch", 2, "--patch", 16, "--width", 8, "--steps", 5, *flag,
+                   "--out", tmp_path / f"t{len(flag)}") == 0
+    assert D.psnr(out[0], out[1], 2.0) > 25 and not torch.equal(out[0], out[1])
+    a, b = (D.load_state(tmp_path / f"t{k}" / "none.pt") for k in (0, 1))
+    assert a["ema"]["stem.weight"].dtype == b["ema"]["stem.weight"].dtype == torch.float32
+    assert torch.allclose(a["ema"]["stem.weight"], b["ema"]["stem.weight"], atol=1e-2)
+    assert not torch.equal(a["ema"]["stem.weight"], b["ema"]["stem.weight"])
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -562,7 +660,24 @@ def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, phot
 
 def tiny_prior(model=None):
     s = D.NoiseSchedule()
-    return D.Prior(model or GaussianEps(s, 0.0, 0.5), s, 1000, torch.full((1001,), 0.02))
+    return make_prior(model or GaussianEps(s, 0.0, 0.5), 1000, 0.02)
+
+
+def test_second_opinion_weighs_by_the_inverse_risks_and_is_blind(monkeypatch):
+    x, seen = torch.zeros(1, 3, 16, 16), {}
+    held = D.HeldOut(x + 0.5, D.Task("inpaint", mask=torch.ones(1, 1, 16, 16)), D.stream(0, D.FIT))
+
+    def reverse(prior, y, task, start, t0, **how):
+        seen.update(y=y, mask=task.mask, start=start, t0=t0)
+        return x + torch.tensor([0.6, 0.8])[:, None, None, None]            # mean 0.7: 0.2 off
+
+    monkeypatch.setattr(D, "reverse", reverse)
+    mix, risk = D.second_opinion(tiny_prior(), held, x + 0.6, 0.01, samples=2)      # 0.1 off
+    assert torch.allclose(mix, x + (0.04 * 0.6 + 0.01 * 0.7) / 0.05)
+    assert risk == pytest.approx(0.01 * 0.04 / 0.05)
+    out = held.val_task.mask > 0
+    assert out.any() and (seen["y"][out.expand_as(x)] == 0).all() and (seen["mask"][out] == 0).all()
+    assert tiny_prior().schedule.sigma[seen["t0"]].item() >= 50 / 255
 
 
 def test_marginal_of_the_start(monkeypatch):
@@ -818,10 +933,10 @@ def test_evaluate_quick(tmp_path, priors, monkeypatch, suite, task):
     assert run(*flags) == 0
     tmp_path = tmp_path / "a[1]"                        # a name that a pattern would misread
     rows = list(csv.DictReader(open(tmp_path / f"{suite}.csv")))
-    arms = D.SUITES[suite][1]
+    arms = [a for part in D.SUITES[suite][1].split(";") for a in D.expand(part)]
     assert [(r["task"], r["arm"]) for r in rows] == [
         (t, a) for t in task.split(",") for a in arms
-        if "--told" not in arms[a] or t.startswith("denoise")]
+        if "--told" not in a and "--steps 1 " not in a or t.startswith("denoise")]
     assert all(math.isfinite(float(r["psnr"])) for r in rows)
     assert (tmp_path / f"{suite}.md").read_text().startswith("| task | arm | n | psnr |")
     for r in rows if suite == "stopping" else ():
@@ -836,15 +951,69 @@ def test_torchrun_shares_the_work(tmp_path, photo, monkeypatch):
     for rank, seeds in (("1", {100}), ("0", {0, 100, 200})):
         monkeypatch.setenv("RANK", rank)
         assert run("evaluate", "ablation", "--quick", "--seeds", 3,
-                   "--arms=--nets 1;--told 0", "--out", tmp_path) == 0
+                   "--arms=fit-dip --nets {1|1 --told 0}", "--out", tmp_path) == 0
         rows = list(csv.DictReader(open(tmp_path / "ablation.csv")))
         assert {int(r["seed"]) for r in rows} == seeds and len(rows) == 2 * len(seeds)
 
 
 def test_every_arm_is_a_command():
-    for tasks_, arms in D.SUITES.values():
-        for line in arms.values():
+    for tasks_, text in D.SUITES.values():
+        arms = [arm for part in text.split(";") for arm in D.expand(part)]
+        assert len(arms) == len(set(arms)) and not set("{|};") & set("".join(arms).replace("{KEPT}", ""))
+        for line in arms:
             assert D.make_parser().parse_args(line.split()).command in ("fit-dip", "sample")
+
+
+def test_expand_writes_every_option_out_in_order():
+    assert D.expand("a --{x 1|y}") == ["a --x 1", "a --y"]
+    assert D.expand("{a|b} {1|2}") == ["a 1", "a 2", "b 1", "b 2"]
+    assert D.expand("a") == ["a"]
+
+
+def test_evaluate_fits_a_dip_once_for_all_arms_with_it(tmp_path, priors, monkeypatch):
+    fits = []
+    original = D.fit_dip
+    monkeypatch.setattr(D, "load_prior", load_tiny(priors))
+    monkeypatch.setattr(D, "fit_dip", lambda *a, **k: fits.append(k) or original(*a, **k))
+    arms = "sample --init dip{| --steps 2| --start 9};fit-dip --nets 1;sample --init observed"
+    assert run("evaluate", "init", "--quick", "--arms", arms, "--task", "superres:2",
+               "--out", tmp_path) == 0
+    rows = list(csv.DictReader(open(tmp_path / "init.csv")))
+    assert len(rows) == 5 and len(fits) == 1
+    assert len({r["seconds_dip"] for r in rows[:4]}) == 1 and float(rows[4]["seconds_dip"]) == 0
+    assert rows[0]["psnr_dip"] == rows[1]["psnr_dip"] == rows[3]["psnr"]
+
+
+def test_nothing_known_is_a_sample_of_the_prior(tmp_path, priors, photo):
+    flags = ["sample", "--init", "noise", "--image", photo, "--task", "inpaint:1", "--steps", 2,
+             "--ckpt", priors / "none.pt"]
+    other = tmp_path / "other.png"
+    Image.new("RGB", Image.open(photo).size, "red").save(other)
+    for k, f in enumerate((photo, other)):
+        assert run(*flags[:4], f, *flags[5:], "--out", tmp_path / f"s{k}") == 0
+    a, b = ((tmp_path / f"s{k}" / "result.png").read_bytes() for k in (0, 1))
+    assert a == b
+    assert run("fit-dip", "--image", photo, "--task", "inpaint:1", "--out", tmp_path / "n") == 2
+
+
+def test_a_ddpm_and_a_dip_in_one_ensemble():
+    """adapt with two networks: the first from the prior's weights, the second a hourglass."""
+    used = []
+
+    class Zero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, z, sigma):
+            used.append(sigma)
+            return 0 * z + self.bias
+
+    y = smooth_image(16)
+    steps = list(D.fit_dip(y, D.Task("denoise", sigma=0.1), Zero(), method="adapt", iters=12, nets=2,
+                           stop="fixed", lr=1e-9))
+    assert len(steps) == 24 and len(used) == 12
+    assert steps[11].best.abs().max() < 1e-6 < steps[-1].best.abs().max()
 
 
 def test_markdown_means_gaps_and_seeds():
@@ -867,7 +1036,7 @@ def test_told_changes_the_method_not_the_observation(photo):
 
 
 def test_chart_puts_points_where_they_belong():
-    page = np.asarray(D.chart({"up": [(0, 0.0), (50, None), (100, 100.0)]}, "x", "y", 50)).astype(int)
+    page = np.asarray(D.chart({"up": [(0, 0.0), (50, None), (100, 100.0)]}, "x", "y")).astype(int)
     blue = np.argwhere((page[..., 2] > 150) & (page[..., 0] < 60))
     blue = blue[blue[:, 1] < 860]                                           # without the legend
     (top, right), (bottom, left) = blue[blue[:, 1].argmax()], blue[blue[:, 1].argmin()]
