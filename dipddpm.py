@@ -1005,7 +1005,7 @@ SUITES = {      # tasks, arms; {a|b} stands for one command line with a and one 
                  "fit-dip{| --nets 1| --method adapt| --method targets| --method selfdiff|"
                  " --method guide| --method dip --iters 1800 --stop fixed}"),
     "init": ("superres:4,inpaint:0.8",
-             "sample --init dip --iters {50|100|200|400|800};fit-dip --nets 1 --iters {300|600};"
+             "sample --init dip --iters {50|100|200|400|800};fit-dip --nets 1 --iters {300|500};"
              "sample --init observed{| --start 30| --start 90| --start 170| --steps 1 --samples 1};"
              "sample --init noise --steps {20|100|200};fit-dip --method adapt --iters {50|100|200};"
              "sample --init dip{ --method adapt| --iters 200 --no-guide| --iters 800 --no-guide}"),
@@ -1036,7 +1036,7 @@ def evaluate_photo(args: Namespace, arms: list, flags: list) -> list:
         if r["stopped"]:
             raise KeyboardInterrupt
         m, log, rules = r["metrics"], [] if given.init else r["rows"], r["rules"]
-        panels.append((arm, r["image"]))
+        panels.append((arm[-30:], r["image"]))
         rows.append(m | dict(task=flags[flags.index("--task") + 1], photo=given.image, arm=arm))
         for rule in rules if log else ():
             best = max(v["psnr"] for v in log if rule.kind != "holdout" or v["risk"] == v["risk"])
