@@ -1081,9 +1081,9 @@ def cmd_evaluate(args: Namespace) -> int:
     for name in SUITES if args.suite == "all" else [args.suite]:
         tasks, text = SUITES[name]
         tasks, text, args.suite = (args.task or tasks).split(","), args.arms or text, name
-        arms = list(dict.fromkeys(arm for part in text.split(";") for arm in expand(part)))
+        arms = list(dict.fromkeys(" ".join(a.split()) for p in text.split(";") for a in expand(p)))
         for arm in arms:                                    # a bad one ends it now
-            if arm.split()[:1] not in (["fit-dip"], ["sample"]):
+            if not arm.startswith(("fit-dip", "sample")):
                 fail(f"--arms: {arm!r} is no command line; write fit-dip .. or sample ..")
             make_parser().parse_args(arm.split())
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
