@@ -886,7 +886,7 @@ def cmd_restore(args: Namespace) -> int:
         curves = {text: [(v["iter"], v[c]) for v in r["rows"]] for c, text in (
             ("psnr", "to the clean image, average"), ("newest", "to the clean image, newest"),
             ("psnr_target", "to the stage's target"), ("psnr_risk", "estimated from R"))}
-        stop = [(r["metrics"]["stop_iter"], v["psnr_target"]) for v in r["rows"]]
+        stop = [(r["metrics"]["stop_iter"], v) for line in curves.values() for _, v in line]
         files["curves.png"] = chart(curves | {"where it stops": stop}, "iteration", "PSNR, dB")
     if r["stages"]:
         strip = [r["stages"][i] for i in np.linspace(0, len(r["stages"]) - 1, 6).astype(int)]
