@@ -45,6 +45,10 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     """One generator for each purpose: the fit must never redraw the observation's own noise."""
     return torch.Generator().manual_seed(5 * seed + purpose)
 
+def ranks() -> tuple:
+    """(this process, how many there are), as torchrun tells."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
 class NoiseSchedule:
     """betas, abar, sigma: float64 of length T+1. kind: 'linear' (Ho et al. 2020: beta 1e-4..0.02,
@@ -175,9 +179,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), self.fold)[..., :h, :w]
 
 class Prior(nn.Module):
-    """A trained DDPM, from a checkpoint: network, schedule, largest t it knows, running eps-loss
-    L_t. r2: r_t^2 = sigma_t^2 L_t, the mean squared error of its x0, as x0_pred - x0 = -sigma_t
-    (eps_pred - eps); L smoothed over 31 t. forward: denoises z = x + noise of level sigma."""
+    """A trained DDPM, from a checkpoint. r2: r_t^2 = sigma_t^2 L_t, mean squared error of its x0
+    (x0_pred - x0 = -sigma_t (eps_pred - eps)); the eps-loss L is smoothed over 31 t."""
     def __init__(self, state: dict):
         super().__init__()
         c, self.model = state["config"], UNet(**state["config"]["unet"])
@@ -190,7 +193,7 @@ class Prior(nn.Module):
                             count_include_pad=False)
         self.r2 = self.schedule.sigma ** 2 * F.pad(loss[0], (1, c["T"] - self.t_max), value=1.0)
 
-    def forward(self, z: Tensor, sigma: float) -> Tensor:
+    def forward(self, z: Tensor, sigma: float) -> Tensor:                # denoises z = x + noise
         t = torch.full((len(z),), min(self.schedule.start_t(sigma ** 2), self.t_max)).to(z.device)
         wide = z.expand(-1, self.model.channels, -1, -1)                     # a grey z to colour
         xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * wide
@@ -271,7 +274,6 @@ def ddim_sample(model: nn.Module, schedule: NoiseSchedule, xt: Tensor, t: int, s
 class Task:
     """A linear observation; sigma in [-1, 1] units; mask 1 x 1 x h x w of 0 and 1, or None. Either
     with noise (denoise: scale 1, no mask) or without: inpaint (a mask), superres (scale > 1)."""
-
     name: str
     sigma: float = 0.0
     scale: int = 1
@@ -313,8 +315,6 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 
 def estimate_sigma(y: Tensor) -> float:
     """Noise level of y: median |finest diagonal Haar band| / 0.6745 (Donoho & Johnstone 1994)."""
-    if min(y.shape[-2:]) < 2:
-        return 0.0
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     band = y[..., ::2, ::2] - y[..., ::2, 1::2] - y[..., 1::2, ::2] + y[..., 1::2, 1::2]
     return (band / 2).abs().median().item() / 0.6745
@@ -354,9 +354,16 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("patience", 1000, (int, 1, 10 ** 7), "steps without a better score before the stop"),
 )
 
+def hole_side(mask: Tensor) -> int:
+    """Side of a square that is as deep, by mean, as the holes of the mask; 1 for scattered ones."""
+    far, steps = mask, 0.0
+    while 0 < far.mean() < 1:
+        steps, far = steps + (1 - far).sum().item(), F.max_pool2d(far, 3, 1, 1)
+    return max(1, 6 * int(steps / max((1 - mask).sum().item(), 1)) - 5)
+
 class HeldOut:
     """Split an observation before the fit: (task, y) to see, (val_task, val_y) to score. Noisy:
-    y + a sigma w, y - sigma/a w (Pang et al., Oliveira et al. 2021); else `share` of the pixels."""
+    y + a sigma w, y - sigma/a w (Pang, Oliveira et al. 2021); else squares as large as holes."""
     def __init__(self, y: Tensor, task: Task, gen: torch.Generator, a=0.25, share=0.1):
         if task.sigma > 0:
             w = torch.randn(y.shape, generator=gen).to(y)
@@ -365,7 +372,9 @@ class HeldOut:
             self.bias = task.sigma ** 2 * (1 + (w ** 2).mean().item() / a ** 2)
             return
         known = torch.ones_like(y[:, :1]) if task.mask is None else task.mask
-        u = torch.rand(known.shape, generator=gen).to(y) * known
+        side = max(1, min(hole_side(known), int((share * known.sum().item()) ** 0.5)))
+        u = torch.rand([1, 1, *(-(-n // side) for n in y.shape[2:])], generator=gen).to(y)
+        u = F.interpolate(u, scale_factor=float(side))[..., :y.shape[2], :y.shape[3]] * known
         out = u >= u.flatten().topk(max(1, round(share * known.sum().item()))).values[-1]
         self.task, self.val_task = (replace(task, mask=known * part) for part in (~out, out))
         self.y, self.val_y, self.bias = y * self.task.mask, y * self.val_task.mask, 0.0
@@ -406,8 +415,7 @@ class StopRule:
             return math.inf
         return (self.square - self.mean ** 2).mean().item()
 
-# Step k of iters: rung s, is it the rung's last, mean squared error; input, output of the network,
-# target; average of the outputs, its risk; the answer, its k and risk.
+# Step k of iters; rung s, does it end; of the network; of the average output; the answer so far.
 FitStep = namedtuple("FitStep", "k iters s ends mse input output target average risk best best_k "
                      "best_risk")
 
@@ -477,10 +485,9 @@ def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: li
 def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int = 0,
             **settings) -> Iterator[FitStep]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); the last step's `best` is the answer,
-    their mean. settings: of SETTINGS. No parameter lets the clean image in. With 'holdout' a net
-    sees its part of the split until 1 - tail of the steps are done or the risk has not fallen for
-    `patience`; then, from its best weights, all of y, for tail / (1 - tail) as many. prior: for
-    adapt and guide. Raises FloatingPointError when the loss is not finite."""
+    their mean. No parameter lets the clean image in. With 'holdout' a net sees its part of the
+    split until 1 - tail of the steps are done or the risk has not fallen for `patience`; then, from
+    its best weights, all of y. Raises FloatingPointError when the loss is not finite."""
     o = Namespace(**{name: settings.pop(name, default) for name, default, *_ in SETTINGS})
     if settings:
         raise TypeError(f"no setting of SETTINGS: {sorted(settings)}")
@@ -553,21 +560,14 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
                           eta, lambda x0, t: join(u + x0, t) - u, wrap)
     return out.mean(1, keepdim=True) if grey else out
 
-def second_opinion(prior: Prior, held: HeldOut, dip: Tensor, risk: float, **how) -> tuple:
-    """The mean of the DIP and of a DDPM that knows nothing of it, weighed by their held-out risks
-    as if their errors were independent; and its risk. how: for reverse."""
-    task, seen = held.task, held.task.interpolate(held.y)
-    t0 = min(prior.schedule.start_t(max(task.sigma, from_8bit(25)) ** 2), prior.t_max)
-    alone = reverse(prior, None if task.sigma else held.y, task, seen, t0, sigma=task.sigma, **how)
-    alone, risk = alone.mean(0, keepdim=True), max(risk, 1e-8)
-    other = max(held.risk(alone), 1e-8)
-    return dip.lerp(alone, risk / (risk + other)), risk * other / (risk + other)
-
 # ---- 8. Metrics -------------------------------------------------------------------------------
+def in_db(mse: float, data_range: float = 2.0) -> float | None:
+    """The PSNR of a mean squared error; None if that is below 0, as an estimate may be."""
+    return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf if mse == 0 else None
+
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images."""
-    mse = ((a.cpu().double() - b.cpu().double()) ** 2).mean().item()
-    return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf
+    return in_db(((a.cpu().double() - b.cpu().double()) ** 2).mean().item(), data_range)
 
 def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """Structural similarity (Wang et al. 2004) of N x C x H x W, H and W >= 11 (else ValueError):
@@ -583,16 +583,41 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     den = (ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2)
     return (num / den).mean().item()
 
-def in_db(mse: float) -> float | None:
-    """The PSNR of a mean squared error, for a data range of 2; None where it is not positive."""
-    return 10 * math.log10(4 / mse) if mse > 0 else None
-
 def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:
     """(psnr, ssim) of xhat, clipped to [-1, 1], against x; None where unknown or not asked for."""
     if x is None or xhat is None:
         return None, None
     xhat = xhat.clamp(-1, 1)
     return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if both and min(x.shape[-2:]) > 10 else None
+
+@torch.no_grad()
+def features(x: Tensor, inception: nn.Module | None = None) -> Tensor:
+    """N x C x H x W pictures in [-1, 1] to N x D features, float64: of a random convolutional
+    network, always the same, or of an Inception with FID's call."""
+    x, gen = x.expand(-1, 3, -1, -1), stream(0, INIT)
+    if inception:
+        return inception((x + 1) * 127.5, return_features=True).flatten(1).double()
+    for cin, cout in ((3, 32), (32, 64), (64, 64)):
+        weight = torch.randn(cout, cin, 3, 3, generator=gen) * math.sqrt(2 / (9 * cin))
+        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
+    return F.adaptive_avg_pool2d(x, 2).flatten(1).double()
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Distance of the Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6)."""
+    (ma, ca), (mb, cb) = ((v.mean(0), torch.cov(v.T)) for v in (a, b))
+    values, vectors = torch.linalg.eigh(ca)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
+    return (((ma - mb) ** 2).sum() + ca.trace() + cb.trace() - 2 * cross).item()
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> dict:
+    """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020)."""
+    balls = [torch.cdist(v, v).kthvalue(k + 1, 1).values for v in (real, fake)]
+    d = torch.cdist(real, fake)
+    inside = d < balls[0][:, None]
+    shares = dict(precision=inside.any(0), recall=(d < balls[1]).any(1), coverage=inside.any(1),
+                  density=inside.sum(0) / k)
+    return {name: v.double().mean().item() for name, v in shares.items()}
 
 # ---- 9. Files, figures, progress --------------------------------------------------------------
 def fail(message: str):
@@ -615,12 +640,16 @@ def save(path: str, data):
     else:
         text = data if isinstance(data, str) else json.dumps(data, indent=1)
         buffer.write(text.replace("Infinity", "null").encode())
+    part = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:
+        with open(part, "wb") as f:
             f.write(buffer.getbuffer())
-        os.replace(f.name, path)
+            os.fsync(f.fileno())                        # on the disk before it takes the name
+        os.replace(part, path)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(part)
         fail(f"--out: cannot write {path} ({e.strerror}); name a folder you may write to")
 
 def to_tensor(path: str) -> Tensor:
@@ -659,53 +688,26 @@ def photos(folder: str, flag: str) -> list:
     return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
 
 def figure(panels: list, x: Tensor | None = None) -> Image.Image:
-    """Pictures (title, 1 x C x H x W), up to 6 a row; below each its PSNR to the clean x."""
+    """Pictures (title, 1 x C x H x W, notes ..), 6 a row; below: PSNR to the clean x, notes."""
     h, w = panels[0][1].shape[-2:]
     zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
     w, h, gap, bar, rows = w * zoom, h * zoom, 8, 26, math.ceil(len(panels) / columns)
     page = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + 2 * bar) + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(9, min(17, w // 13)))
-    for i, (title, image) in enumerate(panels):
+    for i, (title, image, *notes) in enumerate(panels):
         left, top = gap + i % columns * (w + gap), gap + i // columns * (h + 2 * bar)
         page.paste(to_image(image).convert("RGB").resize((w, h), Image.NEAREST), (left, top + bar))
-        draw.text((left + w / 2, top + bar / 2), title, "black", font, anchor="mm")
-        below = "" if x is None or image is x else f"{quality(image, x)[0]:.2f} dB"
-        draw.text((left + w / 2, top + h + bar * 1.5), below, "dimgrey", font, anchor="mm")
+        draw.text((left + w / 2, top + bar / 2), title, "black", font, "mm")
+        notes = notes if x is None or image is x else [f"{quality(image, x)[0]:.2f} dB", *notes]
+        draw.text((left + w / 2, top + h + bar * 1.5), ", ".join(notes), "dimgrey", font, "mm")
     return page
-
-def chart(curves: dict, xlabel: str, ylabel: str) -> Image.Image:
-    """Curves {name: [(x, y or None)]} with axes, ticks and a legend."""
-    page, font = Image.new("RGB", (1800, 1000), "white"), ImageFont.load_default(size=26)
-    draw, corner, size = ImageDraw.Draw(page), (130, 880), (1160, -820)
-    curves = {name: [p for p in line if p[1] is not None] for name, line in curves.items()}
-    points = np.array([p for line in curves.values() for p in line] or [(0, 0)])
-    low = np.array([points[:, 0].min(), np.percentile(points[:, 1], 1)])
-    span = np.maximum(points.max(0) - low, 1e-9)
-    for axis in (0, 1):
-        steps = [m * 10.0 ** e for e in range(-6, 9) for m in (1, 2, 5)]
-        step = min(steps, key=lambda s: abs(span[axis] / s - 6))
-        for tick in np.arange(math.ceil(low[axis] / step), (low + span)[axis] / step) * step:
-            u = (tick - low[axis]) / span[axis] * size[axis] + corner[axis]
-            draw.line((130, u, 1290, u) if axis else (u, 60, u, 880), "gainsboro", 2)
-            spot, anchor = ((116, u), "rm") if axis else ((u, 907), "mm")
-            draw.text(spot, f"{tick:g}", "black", font, anchor)
-    draw.line((130, 60, 130, 880, 1290, 880), "black", 3)
-    draw.text((710, 975), xlabel, "black", font, "ms")
-    draw.text((60, 40), ylabel, "black", font, "ls")
-    colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "grey", "black"
-    for colour, (i, (name, line)) in zip(2 * colours, enumerate(curves.items(), 2)):
-        line = (np.maximum(line or [low], low) - low) / span * size + corner
-        draw.line([tuple(p) for p in line], colour, 5)
-        draw.line((1330, 40 * i, 1380, 40 * i), colour, 7)
-        draw.text((1395, 40 * i), name, "black", font, "lm")
-    return page.resize((1200, 667), Image.LANCZOS)
 
 class Progress:
     """Runs over n steps, with one line of rate and time left if stdout is a terminal. The first
     Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills."""
     def __init__(self, what: str, n: int = 0):
-        self.what, self.n, self.text = what, n, ""
-        self.stopped, self.count, self.seconds, self.idle = False, 0, 0.0, 0.0  # idle: not counted
+        self.what, self.n, self.text, self.stopped = what, n, "", False
+        self.count, self.seconds, self.idle = 0, 0.0, 0.0       # idle: seconds not to be counted
 
     def over(self, steps) -> Iterator:
         before, start, shown = signal.signal(signal.SIGINT, self.stop), time.monotonic(), 0.0
@@ -713,11 +715,10 @@ class Progress:
             for k, step in enumerate(steps, 1):
                 self.seconds, self.count = time.monotonic() - start - self.idle, self.count + 1
                 yield step
-                n = self.n or len(steps)
+                n, rate = self.n or len(steps), k / max(self.seconds, 1e-9)
                 if sys.stdout.isatty() and (self.seconds - shown > 0.5 or k >= n):
-                    shown, rate = self.seconds, k / max(self.seconds, 1e-9)
                     line = f"{self.what} {k}/{n}  {rate:.1f}/s  {(n - k) / rate:.0f} s left  "
-                    end = "\n" if k >= n else ""
+                    shown, end = self.seconds, "\n" if k >= n else ""
                     print("\r" + (line + self.text)[:110].ljust(110), end=end, flush=True)
                 if self.stopped:
                     break
@@ -741,52 +742,48 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
             "superres": value in (2, 3, 4, 6, 8)}.get(name):
         fail(f"--task: {text!r} is none of denoise:SIGMA (0 to 255), inpaint:SHARE (of the pixels "
              "missing, 0 to 1), superres:2|3|4|6|8")
-    if args.mask and name != "inpaint":
-        fail("--mask: it goes with --task inpaint alone; add that")
     image, scale = load_image(path), int(value) if name == "superres" else 1
     image, unit = F.avg_pool2d(image, 1 + args.halve, ceil_mode=True), 1 if args.observed else scale
     h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
     if min(h, w) == 0:
         fail(f"--image: {path} is too small for --task {text}: it needs {unit} pixels a side")
     top, left = (image.shape[2] - h) // 2, (image.shape[3] - w) // 2
-    image = image[..., top:top + h, left:left + w].contiguous().to(args.device)
-    mask = None
-    if name == "inpaint" and args.mask:
+    image, mask = image[..., top:top + h, left:left + w].contiguous().to(args.device), None
+    if args.mask:
         mask = load_image(args.mask, "--mask").mean(1, keepdim=True) > 0
     elif name == "inpaint" and value and not args.observed:
         mask = torch.rand((1, 1, h, w), generator=stream(args.seed, OBSERVE)) >= value
     few = mask is None or mask.shape[2:] != (h, w) or not mask.any() and args.init != "noise"
-    if name == "inpaint" and few:
-        fail("--mask: inpaint needs a picture of the image's size, white where a pixel is known, "
-             "or --task inpaint:SHARE with some pixels left")
+    if few if name == "inpaint" else args.mask:
+        fail("--mask: give --task inpaint and a picture of the image's size, white where a pixel "
+             "is known, or --task inpaint:SHARE with some pixels left")
     task = Task(text, 0.0, scale, mask if mask is None else mask.to(image))
-    if args.observed:
-        x, y = None, image if mask is None else image * task.mask
-    else:
-        x, y = image, task.forward(image)
-        sigma = from_8bit(value or 0) if name == "denoise" else 0.0
-        y = y + sigma * torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
+    x, y = None if args.observed else image, image if unit < scale else task.forward(image)
     if name == "denoise":                       # what is told, or known, or estimated
         told = value if args.told is None else args.told
+        if x is not None:
+            y = y + from_8bit(value or 0) * torch.randn(
+                y.shape, generator=stream(args.seed, OBSERVE)).to(y)
         task.sigma = from_8bit(told) if told else estimate_sigma(y)
-        if task.sigma < 1e-4 or (value is None and x is not None):
+        if not task.sigma >= 1e-4 or (value is None and x is not None):
             fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
         task.name = f"denoise:{value or task.sigma * 127.5:.3g}"
     return x, y, task
 
 # ---- 11. The commands -------------------------------------------------------------------------
-def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules, fits) -> tuple:
-    """fit_dip as the flags say; only the log sees x, and `rules`, other StopRules, look on. fits:
-    what was fitted before to this y, by its settings: taken again, with its seconds."""
+def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, fits: dict | None) -> tuple:
+    """fit_dip as the flags say; only the log sees x. fits: of evaluate, what was fitted before to
+    this y; then other StopRules look on. gap: what a rule's answer lacks to the best (oracle)."""
     settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
     if args.init and args.method != "adapt":
         settings |= dict(iters=args.iters or BRIEF_ITERS, nets=args.nets or 1)
-    if (key := tuple(settings.items())) in fits:
-        return fits[key]
+    if fits and tuple(settings.items()) in fits:
+        return fits[tuple(settings.items())]
     if args.method == "adapt" and args.input == "fixed":
         fail("--input: a trained DDPM cannot denoise the fixed z; adapt needs observed or estimate")
     prior = load_prior(args, "dip", y.shape[1]) if args.method in ("adapt", "guide") else None
     rows, stages, bar = [], [], Progress("DIP")
+    rules = [StopRule(kind) for kind in ("wmv", "emv", args.stop)] if fits is not None else []
     try:
         for last in bar.over(fit_dip(y, task, prior, **settings)):
             before, bar.n = time.monotonic(), last.iters
@@ -802,50 +799,21 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, rules, fit
                     newest=quality(last.output, x, False)[0], psnr_risk=in_db(last.risk),
                     psnr_target=in_db(last.mse), ssim_target=aim))
             falls = not stages or level < stages[-1][0]                 # not the next net's ladder
-            if last.ends and falls and not rules and last.input.shape == last.average.shape:
+            if last.ends and falls and fits is None and last.input.shape == last.average.shape:
                 stages.append((level, last.input, last.average))
             bar.idle += time.monotonic() - before               # the clock is for the fit alone
     except FloatingPointError as e:
         fail(f"--lr: {e}; lower it")
-    fits[key] = last, rows, stages, bar.seconds, bar.stopped, rules
-    return fits[key]
-
-def restore(args: Namespace, x, y: Tensor, task: Task, prior, rules=(), fits=None) -> dict:
-    """fit-dip (init None) or sample on one observation: a DIP, reverse diffusion, or both."""
-    seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM")
-    more = dict(iters=0, stop_iter=0, seconds_dip=0.0)
-    if args.init in (None, "dip"):
-        last, rows, stages, seconds, bar.stopped, rules = run_fit(
-            args, y, task, x, rules, {} if fits is None else fits)
-        more = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=seconds)
-        dip, risk = last.best, None if math.isnan(last.best_risk) else last.best_risk
-    image, samples, middle, seconds = dip, dip, time.monotonic(), 0.0
-    if args.init:
-        how = dict(eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
-        guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
-        start, steps = seen if dip is None else dip, args.steps
-        if risk is not None and not args.no_guide:
-            held = HeldOut(y, task, stream(args.seed, FIT), args.hold, args.share)      # the fit's
-            steps = max(1, args.steps // 2)
-            start, guess = second_opinion(prior, held, dip, risk, steps=steps, **how)
-        t0 = prior.schedule.T if args.init == "noise" else args.start
-        t0 = min(t0 or prior.schedule.start_t(guess), prior.t_max)
-        samples = reverse(
-            prior, y if task.sigma == 0 or args.init == "noise" else None,  # or: the start tells
-            task, start * (args.init != "noise"), t0, sigma=task.sigma * (args.init == "observed"),
-            guide=None if dip is None or args.no_guide else start, risk=guess, steps=steps, **how)
-        seconds = time.monotonic() - middle
-        image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
-        rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
-        more |= dict(psnr_dip=quality(dip, x)[0], psnr_mean=quality(image, x)[0], t0=t0,
-            nfe=bar.count, psnr_sample=x if x is None else np.mean([p for p, _ in each]).item(),
-            spread=127.5 * samples.std(0, correction=0).square().mean().sqrt().item(),
-            seconds_ddpm=seconds, trained=prior.trained)
-    metrics = dict(zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0],
-                   seconds=more["seconds_dip"] + seconds, risk=risk, sigma=task.sigma * 127.5,
-                   task=task.name, init=args.init, method=args.method, stop=args.stop)
-    return dict(image=image, samples=samples, dip=dip, rows=rows, stages=stages,
-                metrics=metrics | more | dict(seed=args.seed), stopped=bar.stopped, rules=rules)
+    m = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=bar.seconds)
+    for rule in rules:
+        best = max(v["psnr"] for v in rows if rule.kind != "holdout" or v["risk"] == v["risk"])
+        p = quality(rule.answer.average, x, False)[0]
+        m |= {f"psnr_{rule.kind}": p, f"gap_{rule.kind}": best - p}
+    if rules:
+        best, newest = (max(v[c] for v in rows) for c in ("psnr", "newest"))
+        m |= dict(oracle=best, newest_oracle=newest, gap=best - quality(last.best, x, False)[0])
+        fits[tuple(settings.items())] = last, rows, stages, m, bar.stopped
+    return last, rows, stages, m, bar.stopped
 
 def prepare(args: Namespace) -> tuple:
     """(clean x or None, y, Task, Prior or None); a grid restores an image with no known pixel."""
@@ -866,37 +834,70 @@ def prepare(args: Namespace) -> tuple:
     x, y, task = observe(args, args.image, args.task)
     return x, y, task, load_prior(args, kind, y.shape[1]) if args.init else None
 
-def cmd_restore(args: Namespace) -> int:
-    """fit-dip and sample."""
+def restore(args: Namespace, fits: dict | None = None) -> tuple:
+    """fit-dip (init None) or sample on one photo: (metrics, panels of its figure, was it stopped),
+    and all files in --out but metrics.json, which means: done. fits: of evaluate, see run_fit."""
     x, y, task, prior = prepare(args)
-    how = f"init {args.init}, {args.steps} steps" if args.init else args.method
-    banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
-    r = restore(args, x, y, task, prior)
-    ddpm = [("DDPM, one sample", r["samples"][:1]), (f"mean of {args.samples}", r["image"])]
-    panels = [("observed", task.interpolate(y)), ("DIP", r["dip"]), *ddpm[:2 * bool(args.init)]]
-    panels = [panel for panel in (*panels, ("clean", x)) if panel[1] is not None]
-    if task.name == "grid":
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(r["samples"])]
-    page = figure(panels, x)
-    files = {"result.png": page if task.name == "grid" else to_image(r["image"]),
-             "figure.png": page, "log.csv": r["rows"], "metrics.json": r["metrics"]}
+    if fits is None:
+        how = f"init {args.init}, {args.steps} steps" if args.init else args.method
+        banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
+    seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM")
+    more, panels = dict(iters=0, stop_iter=0, seconds_dip=0.0), [("observed", seen)]
+    if args.init in (None, "dip"):
+        last, rows, stages, more, bar.stopped = run_fit(args, y, task, x, fits)
+        dip, risk = last.best, None if math.isnan(last.best_risk) else last.best_risk
+        panels.append(("DIP", dip))
+    image, samples, middle, seconds = dip, dip, time.monotonic(), 0.0
     if args.init:
-        files["sample.png"] = to_image(r["samples"])
-    else:
-        curves = {text: [(v["iter"], v[c]) for v in r["rows"]] for c, text in (
-            ("psnr", "to the clean image, average"), ("newest", "to the clean image, newest"),
-            ("psnr_target", "to the stage's target"), ("psnr_risk", "estimated from R"))}
-        stop = [(r["metrics"]["stop_iter"], v) for line in curves.values() for _, v in line]
-        files["curves.png"] = chart(curves | {"where it stops": stop}, "iteration", "PSNR, dB")
-    if r["stages"]:
-        strip = [r["stages"][i] for i in np.linspace(0, len(r["stages"]) - 1, 6).astype(int)]
+        how = dict(eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
+        guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
+        start = seen if dip is None else dip
+        t0 = prior.schedule.T if args.init == "noise" else args.start
+        t0 = min(t0 or prior.schedule.start_t(guess), prior.t_max)
+        samples = reverse(
+            prior, y if task.sigma == 0 or args.init == "noise" else None,  # or: the start tells
+            task, start * (args.init != "noise"), t0, sigma=task.sigma * (args.init == "observed"),
+            guide=None if args.no_guide else dip, risk=guess, steps=args.steps, **how)
+        seconds = time.monotonic() - middle
+        image, each = samples.mean(0, keepdim=True), [quality(v[None], x) for v in samples]
+        rows = [dict(seed=args.seed + i, psnr=p, ssim=q) for i, (p, q) in enumerate(each)]
+        more = more | dict(
+            psnr_dip=quality(dip, x)[0], psnr_mean=quality(image, x)[0], t0=t0, nfe=bar.count,
+            psnr_sample=x if x is None else np.mean([p for p, _ in each]).item(),
+            spread=127.5 * samples.std(0, correction=0).square().mean().sqrt().item(),
+            seconds_ddpm=seconds, trained=prior.trained)
+        panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
+    metrics = dict(zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0],
+                   seconds=more["seconds_dip"] + seconds, risk=risk, sigma=task.sigma * 127.5,
+                   task=task.name, init=args.init, method=args.method, stop=args.stop)
+    panels = panels if x is None else [*panels, ("clean", x)]
+    if task.name == "grid":
+        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
+    page = figure(panels, x)
+    files = {"result.png": page if task.name == "grid" else to_image(image), "figure.png": page,
+             "log.csv": rows} | ({"sample.png": to_image(samples)} if args.init else {})
+    if stages:
+        strip = [stages[i] for i in np.linspace(0, len(stages) - 1, 6).astype(int)]
         files["stages.png"] = figure([(f"noise {level:.0f}", z) for level, z, _ in strip]
                                      + [("output", out) for _, _, out in strip], x)
+    if fits is not None and bar.stopped:                    # of evaluate: nothing by halves
+        raise KeyboardInterrupt
     for name, data in files.items():
         save(os.path.join(args.out, name), data)
-    print(", ".join(f"{k} {v:.2f}" for k, v in r["metrics"].items() if isinstance(v, float)),
-          f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
-    return 130 if r["stopped"] else 0
+    return metrics | more | dict(seed=args.seed), panels, bar.stopped
+
+def cmd_restore(args: Namespace) -> int:
+    """fit-dip and sample; of a folder, which torchrun shares, each photo into its own folder."""
+    folder, (rank, world) = os.path.isdir(args.image or ""), ranks()
+    for image in (photos(args.image, "--image") if folder else [args.image])[rank::world]:
+        out = os.path.join(args.out, os.path.relpath(image, args.image)) if folder else args.out
+        metrics, _, stopped = restore(Namespace(**vars(args) | dict(image=image, out=out)))
+        save(os.path.join(out, "metrics.json"), metrics)
+        numbers = (f"{k} {v:.2f}" for k, v in metrics.items() if isinstance(v, float))
+        print(", ".join(numbers), f"-> {os.path.join(out, 'result.png')}, figure.png", flush=True)
+        if stopped:
+            return 130
+    return 0
 
 def load_data(path: str, patch: int) -> tuple:
     """(list of uint8 C x H x W, patch): a folder of pictures, or an .npz/.npy array of them."""
@@ -929,14 +930,13 @@ def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
         print(f"no prior yet: training {path} on images/train, once, about 4 minutes on two cores")
         part = os.path.join("runs", "train", "part")        # a prior only when it is whole
         more = ["--resume"] * os.path.exists(os.path.join(part, f"{kind}.pt"))
-        more += ["--bf16"] * args.bf16
-        if main(["train", "--prior", kind, "--device", args.device.type, "--out", part] + more):
+        if main(["train", "--prior", kind, "--device", args.device.type, "--out", part, *more,
+                 *["--bf16"] * args.bf16]):
             raise KeyboardInterrupt
         os.replace(os.path.join(part, f"{kind}.pt"), path)
     prior = Prior(read(path, "--ckpt", load_state, "train a prior"))
     if prior.channels < channels or kind == "none" and prior.t_max < prior.schedule.T:
-        fail(f"--ckpt: {path} knows {prior.channels} channels, t <= {prior.t_max}; train for "
-             "more")
+        fail(f"--ckpt: {path} knows {prior.channels} channels, t <= {prior.t_max}; train another")
     return prior.to(args.device, memory_format=torch.channels_last)
 
 def new_state(args: Namespace, channels: int, patch: int) -> dict:
@@ -958,10 +958,9 @@ def cmd_train(args: Namespace) -> int:
     images += [F.avg_pool2d(i[None].float(), 2)[0].round().byte() for i in images * args.halve]
     state = state or new_state(args, len(images[0]), patch)
     c, rows, step = state["config"], state["log"], state["step"]
-    net, ema = (UNet(**c["unet"]).to(args.device, memory_format=torch.channels_last)
-                for _ in range(2))
+    net = UNet(**c["unet"]).to(args.device, memory_format=torch.channels_last)
     net.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
+    (ema := copy.deepcopy(net)).load_state_dict(state["ema"])
     state.update(model=net.state_dict(), ema=ema.state_dict())          # from now on, always live
     if (net.channels, c["patch"]) != (len(images[0]), patch):
         fail(f"--data: the checkpoint is for {net.channels} channels, {c['patch']} pixels a side")
@@ -1002,16 +1001,18 @@ def banner(args: Namespace, text: str, net: nn.Module | None = None):
 # ---- 12. Evaluation: the tables of README.md and report.md ------------------------------------
 SUITES = {      # tasks, arms; {a|b} stands for one command line with a and one with b. Ablations:
     "stopping": ("denoise:25,inpaint:0.8,superres:4",                      # --arms in report.md
-                 "fit-dip{| --nets 1| --method adapt| --method targets| --method selfdiff|"
-                 " --method guide| --method dip --iters 1800 --stop fixed}"),
+                 "fit-dip{| --nets 1};fit-dip --method {adapt|targets|selfdiff|guide|"
+                 "dip --iters 1800 --stop fixed}"),
     "init": ("superres:4,inpaint:0.8",
-             "sample --init dip --iters {50|100|200|400|800};fit-dip --nets 1 --iters {300|500};"
-             "sample --init observed{| --start 30| --start 90| --start 170| --steps 1 --samples 1};"
-             "sample --init noise --steps {20|100|200};fit-dip --method adapt --iters {50|100|200};"
-             "sample --init dip{ --method adapt| --iters 200 --no-guide| --iters 800 --no-guide}"),
+             "sample --init dip --iters {100|200|400|800}{| --no-guide};fit-dip --method adapt;"
+             "sample --init {observed|observed --start 90|noise --steps 20|noise --steps 100|"
+             "noise --steps 200};fit-dip --nets 1 --iters {300|500}"),
     "training": ("denoise:15,denoise:25,denoise:50",                       # what train --keep left
                  "sample --init observed --steps 1 --samples 1 --ckpt {"
                  + "|".join(sorted(glob.glob("runs/train/*.pt")) or ["runs/train/none.pt"]) + "}"),
+    "generation": ("denoise:10",                                    # --images TARGETS --held OTHERS
+                   "sample --samples 1 --init noise --task inpaint:1 --steps {10|20|50|100|200};"
+                   "sample --samples 1 --init dip --no-guide --iters 100 --start {200|400|600}"),
     "ablation": ("denoise:25",
                  "fit-dip --nets 1{| --high 6| --low 0.2| --rungs 5| --fresh 0| --input fixed|"
                  " --target plain| --flips 0| --width 64| --depth 2| --loss gradient| --told 0}")}
@@ -1023,32 +1024,6 @@ def expand(text: str) -> list:
     head, brace, rest = text.partition("{")
     options, _, tail = rest.partition("}")
     return [e for o in options.split("|") for e in expand(head + o + tail)] if brace else [text]
-
-def evaluate_photo(args: Namespace, arms: list, flags: list) -> list:
-    """Run every arm on one photo and task: numbers and a figure. oracle: the best PSNR on a fit's
-    path; gap: what a stop rule's answer lacks to it."""
-    rows, panels, fits, quick = [], [], {}, ["--size", "32", "--iters", "20"] * args.quick
-    for arm in arms:
-        given = make_parser().parse_args(arm.split()[:1] + flags + arm.split()[1:] + quick)
-        given.device, rules = args.device, [StopRule(kind) for kind in ("wmv", "emv", given.stop)]
-        x, y, task, prior = prepare(given)
-        r = restore(given, x, y, task, prior, rules, fits)
-        if r["stopped"]:
-            raise KeyboardInterrupt
-        m, log, rules = r["metrics"], [] if given.init else r["rows"], r["rules"]
-        panels.append((arm[-30:], r["image"]))
-        rows.append(m | dict(task=flags[flags.index("--task") + 1], photo=given.image, arm=arm))
-        for rule in rules if log else ():
-            best = max(v["psnr"] for v in log if rule.kind != "holdout" or v["risk"] == v["risk"])
-            p = quality(rule.answer.average, x, False)[0]
-            rows[-1] |= {f"psnr_{rule.kind}": p, f"gap_{rule.kind}": best - p}
-        if log:
-            best, newest = (max(v[c] for v in log) for c in ("psnr", "newest"))
-            rows[-1] |= dict(oracle=best, newest_oracle=newest, gap=best - m["psnr"])
-    panels = [("observed", task.interpolate(y)), *panels, ("clean", x)]
-    name = f"{args.suite}-{os.path.basename(given.image)}-{given.task}-seed{given.seed}.png"
-    save(os.path.join(args.out, name.replace(":", "-")), figure(panels, x))
-    return rows
 
 def markdown(rows: list) -> str:
     """Means over photos and seeds; std: of the seeds' means; gap: mean / worst / over 1 dB."""
@@ -1065,47 +1040,71 @@ def markdown(rows: list) -> str:
         seeds = {r["seed"] for r in group}
         means = [np.mean([r["psnr"] for r in group if r["seed"] == s]) for s in seeds]
         table[-1].append(f"{np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
-    kept = [c for c in zip(*table) if any(c[1:])]
-    lines = [*zip(*kept)]
-    return "".join(f"| {' | '.join(v)} |\n" for v in (lines[0], ["---"] * len(kept), *lines[1:]))
+    names, *lines = zip(*(c for c in zip(*table) if any(c[1:])))
+    return "".join(f"| {' | '.join(v)} |\n" for v in (names, ["---"] * len(names), *lines))
 
-def read_rows(pattern: str) -> list:
-    """What evaluate has measured so far, in all its processes."""
-    return [row for path in sorted(glob.glob(pattern)) for row in json.loads(open(path).read())]
+def slug(text: str) -> str:
+    """A name for a file or folder."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+def compare_sets(args: Namespace, files: list, arms: list, folder: str):
+    """Frechet distance, precision and so on of each arm's results to the pictures in --held."""
+    def of(paths: list) -> Tensor:
+        return torch.cat([features(load_image(p, "--held"), net) for p in paths])
+    net = args.inception and read(args.inception, "--inception", torch.jit.load, "no TorchScript")
+    real, rows, name = of(photos(args.held, "--held")), [], "FID" if net else "rFD"
+    for arm in ["the targets", *arms]:
+        found = glob.glob(os.path.join(glob.escape(folder), "*", slug(arm), "result.png"))
+        fake = of(found if rows else files)
+        shares = {name: frechet(real, fake)} | precision_recall(real, fake)
+        rows.append(dict(arm=arm, n=len(fake)) | shares)
+        print(arm, len(fake), *(f"{k} {v:.3f}" for k, v in shares.items()), flush=True)
+    save(os.path.join(args.out, "sets.csv"), rows)
 
 def cmd_evaluate(args: Namespace) -> int:
-    """Run the suites: torchrun shares the photos; what is in --out already is not done again."""
-    files = photos(args.images, "--images")[:1 if args.quick else None]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Run the suites, every arm on every photo, unless its folder has a metrics.json already."""
+    files, (rank, world) = photos(args.images, "--images")[:1 if args.quick else None], ranks()
     shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve + ["--bf16"] * args.bf16
+    quick = ["--size", "32", "--iters", "20"] * args.quick
     for name in SUITES if args.suite == "all" else [args.suite]:
         tasks, text = SUITES[name]
-        tasks, text, args.suite = (args.task or tasks).split(","), args.arms or text, name
+        tasks, text = (args.task or tasks).split(","), args.arms or text
         arms = list(dict.fromkeys(" ".join(a.split()) for p in text.split(";") for a in expand(p)))
         for arm in arms:                                    # a bad one ends it now
-            if not arm.startswith(("fit-dip", "sample")):
-                fail(f"--arms: {arm!r} is no command line; write fit-dip .. or sample ..")
+            if arm.split(" ")[0] not in ("fit-dip", "sample"):
+                fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
             make_parser().parse_args(arm.split())
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
-        stem = os.path.join(args.out, name + "".join(shared))
-        part, parts = f"{stem}-part{rank}.json", f"{glob.escape(stem)}-part*.json"
+        folder = os.path.join(args.out, name + "".join(shared))
         seeds = range(args.seed, args.seed + 100 * args.seeds, 100)
         jobs = [(seed, file, task) for seed in seeds for file in files for task in tasks]
         for seed, file, task in jobs[rank::world]:
-            key = (seed, file, task)
-            done = {r["arm"] for r in read_rows(parts) if (r["seed"], r["photo"], r["task"]) == key}
-            todo = [arm for arm in arms if arm not in done and (
-                "--told" not in arm and "--steps 1 " not in arm or task.startswith("denoise"))]
-            if not todo:
-                continue
             flags = shared + ["--image", file, "--task", task, "--seed", str(seed)]
-            new = evaluate_photo(args, todo, flags)
-            save(part, read_rows(glob.escape(part)) + new)
-            rows = read_rows(parts)
-            save(os.path.join(args.out, f"{name}.csv"), rows)
-            save(os.path.join(args.out, f"{name}.md"), markdown(rows))
-            print(*flags[-6:], *(f"| {r['arm']} {r['psnr']:.2f}" for r in new), flush=True)
-        print(markdown(read_rows(parts)))
+            where = slug(f"{os.path.relpath(file, args.images)} {task} {seed}")
+            panels, fits = [], {}
+            for arm in arms:
+                words, out = arm.split(), os.path.join(folder, where, slug(arm))
+                given = make_parser().parse_args(
+                    words[:1] + flags + words[1:] + quick + ["--out", out])
+                given.device, path = args.device, os.path.join(out, "metrics.json")
+                if os.path.exists(path):
+                    continue
+                m, ends, _ = restore(given, fits)
+                save(path, m | dict(photo=file, task=task, arm=arm))
+                note = f"{m.get('nfe', 0)} calls, {m['seconds']:.1f} s"
+                panels.append((arm[-30:], ends[-2][1], note))
+            if panels:
+                save(os.path.join(folder, where, "figure.png"),
+                     figure([ends[0], *panels, ends[-1]], ends[-1][1]))
+                print(where, *(f"| {title} {note}" for title, _, note in panels), flush=True)
+        found = glob.glob(os.path.join(glob.escape(folder), "*", "*", "metrics.json"))
+        rows = sorted((json.loads(open(f).read()) for f in sorted(found)), key=lambda r: (
+            r["task"], arms.index(r["arm"]) if r["arm"] in arms else len(arms)))
+        save(os.path.join(args.out, f"{name}.csv"), rows)
+        save(os.path.join(args.out, f"{name}.md"), markdown(rows))
+        print(markdown(rows))
+        if args.held and rank == 0:
+            compare_sets(args, files, arms, folder)
     return 0
 
 # ---- 13. The command line ---------------------------------------------------------------------
@@ -1135,6 +1134,8 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     ("train", "--resume", False, True, "go on from the checkpoint in --out"),
     ("evaluate", "--images", os.path.join(PHOTOS, "test"), None, "folder of photos"),
     ("evaluate", "--arms", "", None, "command lines of fit-dip and sample, with ; between"),
+    ("evaluate", "--held", None, None, "generation: folder of held-out pictures to compare with"),
+    ("evaluate", "--inception", None, None, "TorchScript Inception: FID instead of rFD"),
     ("evaluate", "--seeds", 1, (int, 1, 99), "how many seeds: --seed, --seed + 100, .."),
     ("evaluate", "--quick", False, True, "one photo, 32x32, 20 iterations: a check"),
     ("train", "--width", 48, (int, 8, 1024), "channels, in eights"),
@@ -1189,9 +1190,8 @@ def main(argv: list | None = None) -> int:
     save(probe := os.path.join(args.out, f".writable{os.getpid()}"), "")
     os.remove(probe)
     command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)
-    half = torch.autocast(name, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     try:
-        with half:
+        with torch.autocast(name, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             return command(args)
     except KeyboardInterrupt:
         return 130

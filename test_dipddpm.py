@@ -508,7 +508,7 @@ def test_estimate_sigma():
     for sigma in (0.05, 0.2, 0.5):
         y = smooth_image(128) + sigma * torch.randn(1, 3, 128, 128, generator=g)
         assert D.estimate_sigma(y) == pytest.approx(sigma, rel=0.05)
-    assert D.estimate_sigma(torch.zeros(1, 3, 1, 1)) == 0
+    assert math.isnan(D.estimate_sigma(torch.zeros(1, 3, 1, 1)))            # nothing to tell it by
 
 
 class Shrink(nn.Module):
@@ -643,16 +643,22 @@ def test_fit_and_stop_have_no_clean_image_parameter(f):
 
 
 @pytest.mark.parametrize("init, task", [(None, "denoise:25"), ("dip", "superres:4")])
-def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, photo):
+def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, photo, tmp_path,
+                                                        monkeypatch):
     command = "sample" if init else "fit-dip"
     flags = [command, "--image", str(photo), "--task", task, "--iters", "8",
              "--ckpt", str(priors / "dip.pt")] + (["--init", init] if init else [])
     args = D.make_parser().parse_args(flags)
-    args.device, args.samples, args.steps = torch.device("cpu"), 2, 3
-    x, y, t, prior = D.prepare(args)
-    a, b, c = (D.restore(args, v, y, t, prior) for v in (x, torch.zeros_like(x), None))
-    assert torch.equal(a["image"], b["image"]) and torch.equal(a["image"], c["image"])
-    assert a["metrics"]["psnr"] != b["metrics"]["psnr"]
+    args.device, args.samples, args.steps, args.out = torch.device("cpu"), 2, 3, str(tmp_path)
+    x, *rest = D.prepare(args)
+    psnrs, images = [], []
+    for v in (x, torch.zeros_like(x), None):
+        monkeypatch.setattr(D, "prepare", lambda _: (v, *rest))
+        metrics, panels, _ = D.restore(args)
+        psnrs.append(metrics["psnr"])
+        images.append(panels[-1 if v is None else -2][1])
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert psnrs[0] != psnrs[1] and psnrs[2] is None
 
 
 # ---- joining
@@ -661,23 +667,6 @@ def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, phot
 def tiny_prior(model=None):
     s = D.NoiseSchedule()
     return make_prior(model or GaussianEps(s, 0.0, 0.5), 1000, 0.02)
-
-
-def test_second_opinion_weighs_by_the_inverse_risks_and_is_blind(monkeypatch):
-    x, seen = torch.zeros(1, 3, 16, 16), {}
-    held = D.HeldOut(x + 0.5, D.Task("inpaint", mask=torch.ones(1, 1, 16, 16)), D.stream(0, D.FIT))
-
-    def reverse(prior, y, task, start, t0, **how):
-        seen.update(y=y, mask=task.mask, start=start, t0=t0)
-        return x + torch.tensor([0.6, 0.8])[:, None, None, None]            # mean 0.7: 0.2 off
-
-    monkeypatch.setattr(D, "reverse", reverse)
-    mix, risk = D.second_opinion(tiny_prior(), held, x + 0.6, 0.01, samples=2)      # 0.1 off
-    assert torch.allclose(mix, x + (0.04 * 0.6 + 0.01 * 0.7) / 0.05)
-    assert risk == pytest.approx(0.01 * 0.04 / 0.05)
-    out = held.val_task.mask > 0
-    assert out.any() and (seen["y"][out.expand_as(x)] == 0).all() and (seen["mask"][out] == 0).all()
-    assert tiny_prior().schedule.sigma[seen["t0"]].item() >= 50 / 255
 
 
 def test_marginal_of_the_start(monkeypatch):
@@ -710,8 +699,8 @@ def test_noise_init_starts_from_noise_alone(priors, photo, monkeypatch):
     for path in (photo, photo.with_name("other.png")):
         D.to_image(-smooth_image() if path != photo else smooth_image()).save(path)
         args = D.make_parser().parse_args(flags + [str(path)])
-        args.device = torch.device("cpu")
-        D.restore(args, *D.prepare(args))
+        args.device, args.out = torch.device("cpu"), str(photo.with_name("o"))
+        D.restore(args)
     assert torch.equal(*starts) and starts[0].std().item() == pytest.approx(1, rel=0.05)
 
 
@@ -890,14 +879,16 @@ def test_sample_grid(tmp_path, priors):
     assert m["nfe"] == 3 and m["t0"] == 1000 and m["psnr"] is None
 
 
-def test_super_resolution_is_consistent_with_what_was_observed(tmp_path, photo, priors):
+def test_super_resolution_is_consistent_with_what_was_observed(tmp_path, photo, priors, monkeypatch):
     args = D.make_parser().parse_args(["sample", "--init", "dip", "--image", str(photo), "--iters",
                                        "6", "--steps", "3", "--samples", "2", "--ckpt",
                                        str(priors / "dip.pt")])
-    args.device = torch.device("cpu")
+    args.device, args.out, samples = torch.device("cpu"), str(tmp_path), []
+    reverse = D.reverse
+    monkeypatch.setattr(D, "reverse", lambda *a, **k: samples.append(reverse(*a, **k)) or samples[0])
     x, y, task, prior = D.prepare(args)
-    r = D.restore(args, x, y, task, prior)
-    assert torch.allclose(task.forward(r["samples"]), y.expand(2, -1, -1, -1), atol=1e-5)
+    D.restore(args)
+    assert torch.allclose(task.forward(samples[0]), y.expand(2, -1, -1, -1), atol=1e-5)
 
 
 def test_grey_photo_with_a_colour_prior(tmp_path, priors):
@@ -1035,15 +1026,100 @@ def test_told_changes_the_method_not_the_observation(photo):
         [50 / 255, 60 / 255, D.estimate_sigma(got[0][1])])
 
 
-def test_chart_puts_points_where_they_belong():
-    page = np.asarray(D.chart({"up": [(0, 0.0), (50, None), (100, 100.0)]}, "x", "y")).astype(int)
-    blue = np.argwhere((page[..., 2] > 150) & (page[..., 0] < 60))
-    blue = blue[blue[:, 1] < 860]                                           # without the legend
-    (top, right), (bottom, left) = blue[blue[:, 1].argmax()], blue[blue[:, 1].argmin()]
-    assert abs(left - 130 / 1.5) < 4 and abs(right - 1290 / 1.5) < 4
-    assert abs(bottom - 880 / 1.5) < 6 and abs(top - 60 / 1.5) < 6
-    middle = blue[np.abs(blue[:, 1] - 420) < 2][:, 0].mean()                # a straight line
-    assert abs(middle - (60 + (1290 - 630) / 1160 * 820) / 1.5) < 6
+def test_a_folder_is_shared_by_the_processes_of_torchrun(tmp_path, monkeypatch):
+    for k, name in enumerate(("a.png", "b.png", "c/b.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        D.to_image(smooth_image() * (1 - k / 4)).save(tmp_path / "in" / name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert run("fit-dip", "--image", tmp_path / "in", "--iters", 6, "--out", tmp_path / rank) == 0
+        found.append({os.path.relpath(f.parent, tmp_path / rank)
+                      for f in (tmp_path / rank).rglob("metrics.json")})
+    assert found == [{"a.png", os.path.join("c", "b.png")}, {"b.png"}]
+
+
+# ---- sets of pictures
+
+
+def test_frechet_distance_of_two_gaussians():
+    """Exact samples: mean and covariance are as wished, so the distance is the closed form."""
+    torch.manual_seed(0)
+    white = torch.randn(50, 3, dtype=torch.float64)
+    white = white - white.mean(0)
+    white = white @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T)).T)
+    a, b = white * torch.tensor([1.0, 2.0, 3.0]) + 1, white * torch.tensor([2.0, 2.0, 0.5]) - 1
+    want = 3 * 4 + (1 - 2) ** 2 + 0 + (3 - 0.5) ** 2
+    assert D.frechet(a, b) == pytest.approx(want, rel=1e-9)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    c = (white * torch.tensor([2.0, 2.0, 0.5])) @ turn
+    got, sa, sc = D.frechet(a, c), torch.cov(a.T).numpy(), torch.cov(c.T).numpy()
+    values = np.linalg.eigvals(sa @ sc).real                # trace of the root of the product
+    assert got == pytest.approx(3 + np.trace(sa) + np.trace(sc) - 2 * np.sqrt(values).sum(), rel=1e-6)
+    assert abs(D.frechet(a, a)) < 1e-9
+
+
+def test_precision_recall_density_coverage_by_hand():
+    """Real: 0 and 10 .. in one dimension, so every ball is known."""
+    real = torch.tensor([0.0, 1, 2, 10, 11, 12])[:, None]
+    fake = torch.tensor([0.5, 1.5, 1.6, 50, 51, 52])[:, None]
+    got = D.precision_recall(real, fake, k=2)
+    # real radii 2 1 2 2 1 2; fake radii 1.1 1 1.1 2 1 2. Inside real balls: 0.5 (of 0, 1, 2), 1.5, 1.6
+    assert got["precision"] == pytest.approx(3 / 6)
+    assert got["density"] == pytest.approx((3 + 3 + 3) / (2 * 6))
+    assert got["coverage"] == pytest.approx(3 / 6)
+    assert got["recall"] == pytest.approx(3 / 6)            # 0, 1, 2 lie in balls of 0.5, 1.5, 1.6
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_generation_compares_sets_also_by_a_given_inception(tmp_path, priors, monkeypatch, capsys):
+    class Inception(nn.Module):
+        def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            assert return_features and x.min() >= 0 and x.max() > 2 and x.shape[1] == 3
+            return torch.nn.functional.adaptive_avg_pool2d(x, 2).unsqueeze(-1)
+
+    monkeypatch.setattr(D, "load_prior", load_tiny(priors))
+    torch.jit.script(Inception()).save(str(tmp_path / "inception.pt"))
+    for folder, level in (("targets", 0.5), ("held", -0.5)):
+        for k in range(6):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            D.to_image(smooth_image(16) * level * (1 + k / 5)).save(tmp_path / folder / f"{k}.png")
+    flags = ["evaluate", "generation", "--images", tmp_path / "targets", "--size", 16, "--held",
+             tmp_path / "held", "--out", tmp_path / "out", "--arms",
+             "sample --samples 1 --init {noise|dip --iters 6} --steps 2"]
+    assert run(*flags) == 0
+    rows = list(csv.DictReader(open(tmp_path / "out" / "sets.csv")))
+    assert [r["arm"] for r in rows] == ["the targets", "sample --samples 1 --init noise --steps 2",
+                                        "sample --samples 1 --init dip --iters 6 --steps 2"]
+    assert all(int(r["n"]) == 6 and math.isfinite(float(r["rFD"])) for r in rows)
+    real, fake = (torch.cat([D.features(D.load_image(str(f))) for f in sorted((tmp_path / d).iterdir())])
+                  for d in ("held", "targets"))
+    assert float(rows[0]["rFD"]) == pytest.approx(D.frechet(real, fake))
+    assert run(*flags, "--inception", tmp_path / "inception.pt") == 0
+    rows = list(csv.DictReader(open(tmp_path / "out" / "sets.csv")))
+    means = [torch.stack([(D.load_image(str(f))[0] + 1) * 127.5 for f in (tmp_path / d).iterdir()])
+             for d in ("held", "targets")]
+    gap = sum((a - b) ** 2 for a, b in zip(*(
+        torch.nn.functional.adaptive_avg_pool2d(m, 2).mean(0).flatten() for m in means)))
+    assert float(rows[0]["FID"]) > gap.item() * (1 - 1e-5) and "rFD" not in rows[0]
+    assert run(*flags, "--inception", tmp_path / "none.pt") == 2
+    assert "--inception" in capsys.readouterr().err
+
+
+def test_held_out_pixels_are_as_deep_as_the_holes():
+    gen = torch.Generator().manual_seed(0)
+    scattered = (torch.rand(1, 1, 64, 64, generator=gen) >= 0.8).float()
+    assert D.hole_side(scattered) == 1 and D.hole_side(torch.ones(1, 1, 8, 8)) == 1
+    box = torch.ones(1, 1, 128, 128)
+    box[..., 48:80, 48:80] = 0
+    depth = np.minimum.reduce([np.minimum(i, 33 - i) for i in np.mgrid[1:33, 1:33]]).mean()
+    assert D.hole_side(box) == 6 * int(depth) - 5
+    held = D.HeldOut(torch.zeros(1, 3, 128, 128), D.Task("inpaint", mask=box), gen)
+    out = held.val_task.mask
+    assert (out * (1 - box)).sum() == 0 and 0.05 < out.sum() / box.sum() < 0.3
+    inside = torch.nn.functional.avg_pool2d(out, 9, 1, 4) > 0.99            # squares, no salt
+    assert inside.any() and torch.equal(out + held.task.mask, box)
 
 
 def load_tiny(priors):
