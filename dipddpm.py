@@ -604,7 +604,7 @@ def features(x: Tensor, inception: nn.Module | None = None) -> Tensor:
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Distance of the Gaussians fitted to two sets of features (Heusel et al. 2017, eq. 6)."""
-    (ma, ca), (mb, cb) = ((v.mean(0), torch.cov(v.T)) for v in (a, b))
+    (ma, ca), (mb, cb) = ((v.mean(0), v.T.cov(correction=int(len(v) > 1))) for v in (a, b))
     values, vectors = torch.linalg.eigh(ca)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
@@ -612,7 +612,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> dict:
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020)."""
-    balls = [torch.cdist(v, v).kthvalue(k + 1, 1).values for v in (real, fake)]
+    balls = [torch.cdist(v, v).sort(1).values[:, :k + 1][:, -1] for v in (real, fake)]
     d = torch.cdist(real, fake)
     inside = d < balls[0][:, None]
     shares = dict(precision=inside.any(0), recall=(d < balls[1]).any(1), coverage=inside.any(1),
@@ -655,13 +655,12 @@ def save(path: str, data):
 def to_tensor(path: str) -> Tensor:
     """Any picture to 1 x C x H x W in [-1, 1]: upright, C = 1 or 3, transparency on white."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith(("I", "F")):                            # 16 bits a pixel
-        pixels = np.asarray(image, np.float32) / 257
-    else:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"), np.float32)
+    deep = image.mode.startswith(("I", "F"))                            # 16 bits a pixel
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if deep else image.convert("L" if image.mode in ("L", "1") else "RGB")
+    pixels = np.asarray(image, np.float32) / (257 if deep else 1)
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1) / 127.5 - 1)[None]
 
 def to_image(x: Tensor) -> Image.Image:
@@ -684,7 +683,7 @@ def photos(folder: str, flag: str) -> list:
     """The picture files in a folder and below it, sorted."""
     ends = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
     files = sorted(f for f in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
-                   if f.lower().endswith(ends))
+                   if f.lower().endswith(ends) and os.path.isfile(f))
     return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
 
 def figure(panels: list, x: Tensor | None = None) -> Image.Image:
@@ -955,7 +954,8 @@ def cmd_train(args: Namespace) -> int:
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = read(path, "--resume", load_state, "train anew") if args.resume else None
     images, patch = load_data(args.data, state["config"]["patch"] if state else args.patch)
-    images += [F.avg_pool2d(i[None].float(), 2)[0].round().byte() for i in images * args.halve]
+    images += [F.avg_pool2d(i[None].float(), 2)[0].round().byte() for i in images * args.halve
+               if min(i.shape[1:]) >= 2 * patch]
     state = state or new_state(args, len(images[0]), patch)
     c, rows, step = state["config"], state["log"], state["step"]
     net = UNet(**c["unet"]).to(args.device, memory_format=torch.channels_last)

@@ -7,7 +7,10 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
+import time
+import warnings
 from argparse import Namespace
 
 import numpy as np
@@ -1242,6 +1245,185 @@ def test_errors(bad, priors, line, flag, capsys, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
 def test_missing_device(capsys):
     assert run("fit-dip", "--device", "cuda") == 2 and "--device" in capsys.readouterr().err
+
+
+# ---- long tests: python -m pytest -q -m fuzz
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")                         # a marker without a configuration file
+    fuzz = pytest.mark.fuzz
+
+
+@pytest.fixture(autouse=True)
+def long_tests_run_when_asked(request):
+    if request.node.get_closest_marker("fuzz") and request.config.getoption("-m") != "fuzz":
+        pytest.skip("long; run with -m fuzz")
+
+
+def ends_well(argv, where):
+    """Exit code 0 or 2, nothing half-written: else a failure that names the command line."""
+    code = run(*argv)                                       # any other exception: a traceback
+    assert code in (0, 2), argv
+    assert not [f for f in where.rglob("*") if f.name.endswith(".tmp")], argv
+    for f in where.rglob("*.png"):
+        assert f.is_dir() or Image.open(f).verify() is None
+    for f in where.rglob("metrics.json"):
+        assert isinstance(json.loads(f.read_text()), dict)
+    return code
+
+
+@fuzz
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mutated_pictures(tmp_path):
+    rng, codes = np.random.default_rng(0), []
+    picture = D.to_image(smooth_image(20))
+    for k in range(200):
+        kind = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "TGA")[k % 8]
+        path = tmp_path / f"{k}.{kind.lower()}"
+        mode = ("RGB", "L", "P", "1", "RGBA")[k // 8 % 5]
+        try:
+            picture.convert(mode).save(path, kind)
+        except OSError:                                     # JPEG has no transparency, and so on
+            picture.save(path, kind)
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.integers(0, 6)):
+            at = int(rng.integers(min(len(data), 80 if rng.random() < 0.5 else 10 ** 6) or 1))
+            action = rng.integers(4)
+            if action == 0 and data:
+                data[at] = rng.integers(256)
+            elif action == 1:
+                del data[at:at + int(rng.integers(1, 20))]
+            elif action == 2:
+                data[at:at] = rng.integers(0, 256, rng.integers(1, 20), np.uint8).tobytes()
+            elif rng.random() < 0.3:
+                del data[at:]
+        path.write_bytes(bytes(data))
+        out = tmp_path / f"out{k}"
+        codes.append(ends_well(["fit-dip", "--image", path, "--iters", 2, "--nets", 1, "--width", 4,
+                                "--depth", 2, "--size", 16, "--out", out], out))
+    assert codes.count(0) > 20 and codes.count(2) > 20
+
+
+@fuzz
+def test_random_flags(tmp_path, priors, photo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = D.cmd_train
+
+    def brief(args):                                        # also when a prior is missing
+        args.steps, args.batch, args.width = min(args.steps, 3), min(args.batch, 4), 8
+        return train(args)
+
+    monkeypatch.setattr(D, "cmd_train", brief)
+    rng, codes = np.random.default_rng(0), []
+    (tmp_path / "grey").mkdir()
+    D.to_image(smooth_image(channels=1)).save(tmp_path / "grey" / "grey.png")
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (4, 4, 9, 9))
+    mask.save(tmp_path / "mask.png")
+    pool = {"--image": [photo, tmp_path / "grey", "missing.png", "", "."], "--task": [
+        "denoise:25", "denoise", "inpaint:0.8", "inpaint", "inpaint:1", "superres:2", "superres:4",
+        "superres:5", "denoise:-1", "nothing", ":", "denoise:nan", "superres:8", "inpaint:0.999"],
+        "--mask": ["mask.png", photo, "x"], "--ckpt": [priors / "dip.pt", priors / "none.pt", photo],
+        "--data": [tmp_path / "grey", photo, tmp_path / "none"], "--images": [tmp_path / "grey"],
+        "--held": [tmp_path / "grey"], "--inception": [photo], "--arms": [
+            "fit-dip --iters 3", "sample --init {dip|noise} --iters 3", "train", "fit-dip --x", "{"],
+        "--out": ["out", "mask.png", "a/b/c"], "--device": ["auto", "cpu", "cuda", "tpu"]}
+    small = {"--steps": 3, "--iters": 5, "--samples": 2, "--batch": 2, "--patch": 16, "--seeds": 1,
+             "--width": 8, "--depth": 2, "--size": 16}
+    for k in range(200):
+        command = ("fit-dip", "sample", "train", "evaluate")[k % 4]
+        flags = [f for f in D.FLAGS if command in f[0].split() and f[1][0] == "-"]
+        argv = [command] + ([rng.choice([*D.SUITES, "nonsense"])] if command == "evaluate" else [])
+        names = [f[1] for f in flags]
+        for name, value in small.items():
+            argv += [name, value] if name in names else []
+        argv += ["--quick", "--images", tmp_path / "grey", "--arms", "fit-dip --iters 3"
+                 ] if command == "evaluate" else []
+        argv += ["--data", tmp_path / "grey"] if command == "train" else []
+        argv += ["--ckpt", priors / "none.pt"] if command == "sample" else []
+        for i in rng.choice(len(flags), 4, replace=False):
+            _, name, _, kind, _ = flags[i]
+            values = pool.get(name, [""])
+            if isinstance(kind, list):
+                values = [*kind, "other"]
+            elif isinstance(kind, tuple) and name in small:
+                values = [small[name], kind[1], -1, "x", "nan"]
+            elif isinstance(kind, tuple):
+                values = [kind[1], min(kind[2], 7), kind[1] + 0.5, "nan", "auto", "1e400"]
+            argv += [name] + ([] if kind is True else [values[rng.integers(len(values))]])
+        codes.append(ends_well(argv, tmp_path))
+    assert codes.count(0) > 20 and codes.count(2) > 20
+
+
+def forked(work):
+    """Run work() in a child process and return its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+
+@fuzz
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_checkpoint_survives_kill_minus_9(tmp_path, priors):
+    state, path = D.load_state(str(priors / "dip.pt")), str(tmp_path / "dip.pt")
+    D.save(path, state)
+
+    def work():
+        for step in itertools.count(1):
+            D.save(path, state | dict(step=step))
+
+    last, rng = 0, np.random.default_rng(0)
+    for _ in range(30):
+        pid = forked(work)
+        time.sleep(rng.uniform(0.02, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        last = max(last, D.load_state(path)["step"])
+    assert last > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, priors):
+    """A limit on the size of files stands for a full disk: writing fails in the middle."""
+    resource = pytest.importorskip("resource")
+    state, path = D.load_state(str(priors / "dip.pt")), tmp_path / "dip.pt"
+    D.save(str(path), state)
+    before = path.read_bytes()
+
+    def work():
+        sys.stderr = open(tmp_path / "err", "w")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+        with pytest.raises(SystemExit):
+            D.save(str(path), state | dict(step=99))
+        sys.stderr.close()
+
+    os.waitpid(forked(work), 0)
+    err = (tmp_path / "err").read_text()
+    assert err.startswith("error: --out: cannot write") and err.count("\n") == 1
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["dip.pt", "err"]
+
+
+def test_a_malicious_checkpoint_is_refused(tmp_path, photo, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save(dict(config=Evil()), tmp_path / "evil.pt")
+    assert run("sample", "--init", "dip", "--image", photo, "--ckpt", tmp_path / "evil.pt") == 2
+    err = capsys.readouterr().err
+    assert "--ckpt" in err and err.count("\n") == 1 and not (tmp_path / "owned").exists()
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, capsys):
+    Image.new("1", (20000, 5000)).save(tmp_path / "bomb.png")               # 100 megapixels, 12 kB
+    assert run("fit-dip", "--image", tmp_path / "bomb.png", "--out", tmp_path / "o") == 2
+    err = capsys.readouterr().err
+    assert "--image" in err and "bomb" in err and err.count("\n") == 1
 
 
 # ---- the file itself
