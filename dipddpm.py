@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
+Image.MAX_IMAGE_PIXELS = 4 * 10 ** 7        # Pillow refuses pictures of twice as many, as a bomb
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
 BRIEF_ITERS, ADAPT_ITERS, TRAIN_STEPS = 250, 100, 3000  # before a DDPM; from a DDPM; of a prior
@@ -1043,9 +1044,7 @@ def markdown(rows: list) -> str:
     names, *lines = zip(*(c for c in zip(*table) if any(c[1:])))
     return "".join(f"| {' | '.join(v)} |\n" for v in (names, ["---"] * len(names), *lines))
 
-def slug(text: str) -> str:
-    """A name for a file or folder."""
-    return re.sub(r"[^\w.]+", "-", text)
+slug = functools.partial(re.sub, r"[^\w.]+", "-")           # a text to the name of a file
 
 def compare_sets(args: Namespace, files: list, arms: list, folder: str):
     """Frechet distance, precision and so on of each arm's results to the pictures in --held."""
