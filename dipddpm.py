@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 Image.MAX_IMAGE_PIXELS = 4 * 10 ** 7        # Pillow refuses pictures of twice as many, as a bomb
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")     # else the bytes depend on memory alignment
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
 BRIEF_ITERS, ADAPT_ITERS, TRAIN_STEPS = 250, 100, 3000  # before a DDPM; from a DDPM; of a prior
