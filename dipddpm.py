@@ -704,8 +704,7 @@ def figure(panels: list, x: Tensor | None = None) -> Image.Image:
     return page
 
 class Progress:
-    """Runs over n steps, with one line of rate and time left if stdout is a terminal. The first
-    Ctrl-C ends the loop after the step in hand (`stopped`); a second one kills."""
+    """Runs over n steps, shows the time left. Ctrl-C: stop after the step in hand; twice: kill."""
     def __init__(self, what: str, n: int = 0):
         self.what, self.n, self.text, self.stopped = what, n, "", False
         self.count, self.seconds, self.idle = 0, 0.0, 0.0       # idle: seconds not to be counted
@@ -1076,8 +1075,9 @@ def cmd_evaluate(args: Namespace) -> int:
             make_parser().parse_args(arm.split())
         banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
         folder = os.path.join(args.out, name + "".join(shared))
-        seeds = range(args.seed, args.seed + 100 * args.seeds, 100)
-        jobs = [(seed, file, task) for seed in seeds for file in files for task in tasks]
+        own = args.seeds * (name == "generation")           # a seed for each photo: other noise
+        jobs = [(args.seed + 100 * (k + n * own), file, task) for k in range(args.seeds)
+                for n, file in enumerate(files) for task in tasks]
         for seed, file, task in jobs[rank::world]:
             flags = shared + ["--image", file, "--task", task, "--seed", str(seed)]
             where = slug(f"{os.path.relpath(file, args.images)} {task} {seed}")
