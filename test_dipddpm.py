@@ -1096,7 +1096,7 @@ def test_generation_compares_sets_also_by_a_given_inception(tmp_path, priors, mo
     assert [r["arm"] for r in rows] == ["the targets", "sample --samples 1 --init noise --steps 2",
                                         "sample --samples 1 --init dip --iters 6 --steps 2"]
     assert all(int(r["n"]) == 6 and math.isfinite(float(r["rFD"])) for r in rows)
-    noise = [f.read_bytes() for f in (tmp_path / "out").rglob("result.png") if "noise" in str(f)]
+    noise = [f.read_bytes() for f in (tmp_path / "out").rglob("result.png") if "init-noise" in str(f)]
     assert len(set(noise)) == len(noise) == 6               # no two from the same noise
     real, fake = (torch.cat([D.features(D.load_image(str(f))) for f in sorted((tmp_path / d).iterdir())])
                   for d in ("held", "targets"))
