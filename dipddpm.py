@@ -658,7 +658,7 @@ def to_tensor(path: str) -> Tensor:
     """Any picture to 1 x C x H x W in [-1, 1]: upright, C = 1 or 3, transparency on white."""
     image = ImageOps.exif_transpose(Image.open(path))
     deep = image.mode.startswith(("I", "F"))                            # 16 bits a pixel
-    if image.has_transparency_data:
+    if image.has_transparency_data and not deep:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image if deep else image.convert("L" if image.mode in ("L", "1") else "RGB")
