@@ -197,8 +197,7 @@ class Prior(nn.Module):
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:                # denoises z = x + noise
         t = torch.full((len(z),), min(self.schedule.start_t(sigma ** 2), self.t_max)).to(z.device)
-        wide = z.expand(-1, self.model.channels, -1, -1)                     # a grey z to colour
-        xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * wide
+        xt = column(self.schedule.abar[t.cpu()].sqrt(), z) * z.expand(-1, self.channels, -1, -1)
         x0 = predict_x0(self.schedule, xt, t, self.model(xt, t))
         return x0.unflatten(1, (-1, z.shape[1])).mean(1)
 
@@ -216,7 +215,7 @@ def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -
 def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSchedule,
                images: list, steps: int) -> Iterator[float]:
     """Algorithm 1, t ~ U{1..t_max}: yields each loss, updates state; any run may be prolonged."""
-    c, device = state["config"], next(model.parameters()).device
+    c, device, (rank, world) = state["config"], next(model.parameters()).device, ranks()
     opt = torch.optim.Adam(model.parameters(), lr=c["lr"], betas=(0.9, 0.99))
     gen = stream(c["seed"], TRAIN)
     if state["step"]:
@@ -229,6 +228,7 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
         t = torch.randint(1, c["t_max"] + 1, (c["batch"],), generator=gen)
         eps = torch.randn(x0.shape, generator=gen).to(device)
         xt = u + q_sample(schedule, x0 - u, t, eps)
+        xt, t, eps = (v[rank::world] for v in (xt, t, eps))         # this process's share
         error = (model(xt, t.to(device)) - eps) ** 2                         # Ho eq. 14
         opt.zero_grad()
         error.mean().backward()
@@ -248,8 +248,7 @@ def noise(shape: torch.Size, gens: list) -> Tensor:
     return torch.stack([torch.randn(shape[1:], generator=g) for g in gens])
 
 def p_sample_loop(model, schedule: NoiseSchedule, xt: Tensor, t: int, gens: list, refine=None):
-    """Ancestral sampling (Ho et al. Algorithm 2), t network calls: each step draws from
-    q(x_{t-1} | x_t, x0) at the predicted x0, as DDIM does with eta 1 (report.md, Prop. 1)."""
+    """Ancestral sampling (Ho et al. Algorithm 2), t calls: DDIM with eta 1 (report.md, Prop. 1)."""
     return ddim_sample(model, schedule, xt, t, t, gens, 1.0, refine)
 
 @torch.no_grad()
@@ -594,8 +593,7 @@ def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:
 
 @torch.no_grad()
 def features(x: Tensor, inception: nn.Module | None = None) -> Tensor:
-    """N x C x H x W pictures in [-1, 1] to N x D features, float64: of a random convolutional
-    network, always the same, or of an Inception with FID's call."""
+    """N x C x H x W to N x D features: of a fixed random network, or of an Inception (FID's)."""
     x, gen = x.expand(-1, 3, -1, -1), stream(0, INIT)
     if inception:
         return inception((x + 1) * 127.5, return_features=True).flatten(1).double()
@@ -683,9 +681,8 @@ def load_image(path: str, flag: str = "--image") -> Tensor:
 
 def photos(folder: str, flag: str) -> list:
     """The picture files in a folder and below it, sorted."""
-    ends = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
     files = sorted(f for f in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
-                   if f.lower().endswith(ends) and os.path.isfile(f))
+                   if re.search(r"\.(png|jpe?g|bmp|webp|tiff?)$", f, re.I) and os.path.isfile(f))
     return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
 
 def figure(panels: list, x: Tensor | None = None) -> Image.Image:
@@ -761,9 +758,8 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     x, y = None if args.observed else image, image if unit < scale else task.forward(image)
     if name == "denoise":                       # what is told, or known, or estimated
         told = value if args.told is None else args.told
-        if x is not None:
-            y = y + from_8bit(value or 0) * torch.randn(
-                y.shape, generator=stream(args.seed, OBSERVE)).to(y)
+        n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
+        y = y + from_8bit(value or 0) * (x is not None) * n
         task.sigma = from_8bit(told) if told else estimate_sigma(y)
         if not task.sigma >= 1e-4 or (value is None and x is not None):
             fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
@@ -926,7 +922,7 @@ def load_state(path: str) -> dict:
 def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one of this kind, trained on the spot when missing."""
     path = args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
-    if not args.ckpt and not os.path.exists(path):
+    if not args.ckpt and not os.path.exists(path) and ranks()[1] == 1:
         print(f"no prior yet: training {path} on images/train, once, about 4 minutes on two cores")
         part = os.path.join("runs", "train", "part")        # a prior only when it is whole
         more = ["--resume"] * os.path.exists(os.path.join(part, f"{kind}.pt"))
@@ -952,7 +948,7 @@ def new_state(args: Namespace, channels: int, patch: int) -> dict:
 
 def cmd_train(args: Namespace) -> int:
     """Algorithm 1 until --steps, from --resume's checkpoint or from the start."""
-    path = os.path.join(args.out, f"{args.prior}.pt")
+    path, (rank, world) = os.path.join(args.out, f"{args.prior}.pt"), ranks()
     state = read(path, "--resume", load_state, "train anew") if args.resume else None
     images, patch = load_data(args.data, state["config"]["patch"] if state else args.patch)
     images += [F.avg_pool2d(i[None].float(), 2)[0].round().byte() for i in images * args.halve
@@ -967,6 +963,10 @@ def cmd_train(args: Namespace) -> int:
         fail(f"--data: the checkpoint is for {net.channels} channels, {c['patch']} pixels a side")
     banner(args, f"{len(images)} images, prior {c['prior']}, t <= {c['t_max']}, "
                  f"{c['patch']}x{c['patch']}, steps {step} to {args.steps}", net)
+    keep = save if rank == 0 else lambda *_: None                       # the first writes alone
+    if world > 1:
+        torch.distributed.init_process_group()
+        net = nn.parallel.DistributedDataParallel(net)                  # averages the gradients
     bar, dips = Progress("DDPM", args.steps - step), Progress("DIP")
     for n, image in enumerate(dips.over(images) if c["prior"] == "shift" else ()):
         *_, last = fit_dip(image[None].to(args.device) / 127.5 - 1, Task("shift"), method="dip",
@@ -975,20 +975,19 @@ def cmd_train(args: Namespace) -> int:
     before = rows[-1]["seconds"] if rows else dips.seconds
     for loss in bar.over(() if dips.stopped else train_ddpm(
             state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps)):
-        step, running = state["step"], state["eps_loss"][1:c["t_max"] + 1]
+        step, running, bar.text = state["step"], state["eps_loss"][1:c["t_max"] + 1], f"{loss:.3f}"
         quarters = {f"loss_quarter{i}": v.mean().item() for i, v in enumerate(running.chunk(4), 1)}
-        bar.text = f"loss {loss:.3f}"
         if not math.isfinite(loss):
             fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
         if step % 50 == 0 or step == args.steps:
             rows.append(dict(step=step, seconds=before + bar.seconds, loss=loss) | quarters)
         if step % 500 == 0:
-            save(path, state)
+            keep(path, state)
         if args.keep and step % args.keep == 0:
-            save(f"{path[:-3]}-{step:06d}.pt", state | dict(model=state["ema"], optimiser={}))
-    save(path, state)
-    save(os.path.join(args.out, "log.csv"), rows)
-    save(os.path.join(args.out, "metrics.json"), dict(
+            keep(f"{path[:-3]}-{step:06d}.pt", state | dict(model=state["ema"], optimiser={}))
+    keep(path, state)
+    keep(os.path.join(args.out, "log.csv"), rows)
+    keep(os.path.join(args.out, "metrics.json"), dict(
         psnr=None, seconds=before + bar.seconds, step=step, eps_loss=state["eps_loss"].tolist()))
     print(f"{step} steps in {before + bar.seconds:.0f} s -> {path}", flush=True)
     return 130 if bar.stopped or dips.stopped else 0
@@ -996,7 +995,7 @@ def cmd_train(args: Namespace) -> int:
 def banner(args: Namespace, text: str, net: nn.Module | None = None):
     """What was chosen, in one line."""
     text += f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters" if net else ""
-    print(f"{args.command}: {text} | {args.device}, {torch.get_num_threads()} threads, seed "
+    print(f"{args.command}: {text} | {args.device.type}, {torch.get_num_threads()} threads, seed "
           f"{args.seed} -> {args.out}", flush=True)
 
 # ---- 12. Evaluation: the tables of README.md and report.md ------------------------------------
@@ -1186,7 +1185,8 @@ def main(argv: list | None = None) -> int:
     name = max(have, key=have.get) if args.device == "auto" else args.device    # the first there is
     if not have[name]:
         fail(f"--device: there is no {name} here; use --device auto")
-    args.device, args.out = torch.device(name), args.out or os.path.join("runs", args.command)
+    args.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) * (name == "cuda"))
+    args.out = args.out or os.path.join("runs", args.command)
     save(probe := os.path.join(args.out, f".writable{os.getpid()}"), "")
     os.remove(probe)
     command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -1041,6 +1042,36 @@ def test_a_folder_is_shared_by_the_processes_of_torchrun(tmp_path, monkeypatch):
         found.append({os.path.relpath(f.parent, tmp_path / rank)
                       for f in (tmp_path / rank).rglob("metrics.json")})
     assert found == [{"a.png", os.path.join("c", "b.png")}, {"b.png"}]
+
+
+def torchrun(world, *argv, **env):
+    """dipddpm.py in `world` processes; the exit code and what they said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), D.__file__,
+         *map(str, argv)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_train_like_one(tmp_path):
+    """The same global batch: the same gradients, so the same weights but for rounding."""
+    (tmp_path / "data").mkdir()
+    D.to_image(smooth_image(40)).save(tmp_path / "data" / "a.png")
+    flags = ["train", "--data", tmp_path / "data", "--steps", 3, "--batch", 6, "--patch", 16,
+             "--width", 8, "--device", "cpu", "--lr", 0.01, "--out"]
+    code, said = torchrun(2, *flags, tmp_path / "two")
+    assert code == 0, said
+    assert run(*flags, tmp_path / "one") == 0
+    one, two = (torch.load(tmp_path / d / "none.pt", weights_only=True) for d in ("one", "two"))
+    grads = [torch.cat([v["exp_avg"].flatten() for v in d["optimiser"]["state"].values()])
+             for d in (one, two)]                           # averages of the three gradients
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[0].norm() and grads[0].norm() > 0
+    assert run(*flags[:-1], "--seed", 1, "--out", tmp_path / "other") == 0
+    other = torch.load(tmp_path / "other" / "none.pt", weights_only=True)["optimiser"]["state"]
+    other = torch.cat([v["exp_avg"].flatten() for v in other.values()])
+    assert (grads[0] - other).norm() > 0.1 * grads[0].norm()                # another batch shows
+    assert torch.equal(one["rng"], two["rng"]) and two["step"] == 3
+    assert sorted(os.listdir(tmp_path / "two")) == ["log.csv", "metrics.json", "none.pt"]
 
 
 # ---- sets of pictures
