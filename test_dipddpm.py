@@ -1054,7 +1054,7 @@ def torchrun(world, *argv, **env):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_train_like_one(tmp_path):
-    """The same global batch: the same gradients, so the same weights but for rounding."""
+    """The same global batch gives the same gradients, but for rounding."""
     (tmp_path / "data").mkdir()
     D.to_image(smooth_image(40)).save(tmp_path / "data" / "a.png")
     flags = ["train", "--data", tmp_path / "data", "--steps", 3, "--batch", 6, "--patch", 16,
