@@ -593,7 +593,7 @@ def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:
 
 @torch.no_grad()
 def features(x: Tensor, inception: nn.Module | None = None) -> Tensor:
-    """N x C x H x W to N x D features: of a fixed random network, or of an Inception (FID's)."""
+    """N x C x H x W to N x D features: of a fixed random network, or of FID's Inception."""
     x, gen = x.expand(-1, 3, -1, -1), stream(0, INIT)
     if inception:
         return inception((x + 1) * 127.5, return_features=True).flatten(1).double()
@@ -801,11 +801,11 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, fits: dict
     except FloatingPointError as e:
         fail(f"--lr: {e}; lower it")
     m = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=bar.seconds)
-    for rule in rules:
+    for rule in rules * (not bar.stopped):
         best = max(v["psnr"] for v in rows if rule.kind != "holdout" or v["risk"] == v["risk"])
         p = quality(rule.answer.average, x, False)[0]
         m |= {f"psnr_{rule.kind}": p, f"gap_{rule.kind}": best - p}
-    if rules:
+    if rules and not bar.stopped:
         best, newest = (max(v[c] for v in rows) for c in ("psnr", "newest"))
         m |= dict(oracle=best, newest_oracle=newest, gap=best - quality(last.best, x, False)[0])
         fits[tuple(settings.items())] = last, rows, stages, m, bar.stopped

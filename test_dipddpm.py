@@ -941,6 +941,18 @@ def test_evaluate_quick(tmp_path, priors, monkeypatch, suite, task):
     assert run(*flags) == 0
 
 
+def test_evaluate_stopped_before_it_has_measured_anything(tmp_path, monkeypatch):
+    fit = D.fit_dip
+
+    def interrupted(*args, **settings):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from fit(*args, **settings)
+
+    monkeypatch.setattr(D, "fit_dip", interrupted)
+    flags = ["evaluate", "stopping", "--quick", "--arms", "fit-dip --nets 1 --rungs 2", "--out", tmp_path]
+    assert run(*flags) == 130 and not list(tmp_path.rglob("metrics.json"))
+
+
 def test_torchrun_shares_the_work(tmp_path, photo, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, seeds in (("1", {100}), ("0", {0, 100, 200})):
