@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Deep Image Prior x DDPM: one file, from the equations to restored photos.
 
 A Deep Image Prior (DIP) is an untrained CNN fitted to one image; a DDPM is a denoiser trained on
@@ -15,9 +14,11 @@ Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
 """
 import contextlib
 import copy
+import ctypes
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -26,15 +27,15 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections import deque, namedtuple
-from dataclasses import dataclass, replace
-from typing import Iterator
+from collections import abc, deque, namedtuple
+from dataclasses import dataclass, make_dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Image.MAX_IMAGE_PIXELS = 4 * 10 ** 7        # Pillow refuses pictures of twice as many, as a bomb
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")     # else the bytes depend on memory alignment
@@ -47,8 +48,7 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     """One generator for each purpose: the fit must never redraw the observation's own noise."""
     return torch.Generator().manual_seed(5 * seed + purpose)
 
-def ranks() -> tuple:
-    """(this process, how many there are), as torchrun tells."""
+def ranks() -> tuple:                       # (this process, how many there are), says torchrun
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) ------------------------------
@@ -75,8 +75,7 @@ class NoiseSchedule:
         t = int(torch.searchsorted(self.sigma, c * math.sqrt(max(risk, 0))))
         return min(max(t, 1), self.T)
 
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """Float64 coefficients (N) as N x 1 x 1 x 1 float32 on the device of `like`."""
+def column(values: Tensor, like: Tensor) -> Tensor:     # float64 (N) to float32 N x 1 x 1 x 1
     return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -98,8 +97,17 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
         return x
     return F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < h and pw < w else "replicate")
 
+@torch.no_grad()
+def tiled(f, x: Tensor, side: int = 768, margin: int = 96) -> Tensor:
+    """f(x) in tiles, for bounded memory; each sees `margin` pixels more, as far as networks do."""
+    out = torch.empty_like(x)
+    for i, j in itertools.product(*(range(0, n, side) for n in x.shape[2:])):
+        a, b = max(i - margin, 0), max(j - margin, 0)
+        tile = f(x[..., a:i + side + margin, b:j + side + margin])[..., i - a:, j - b:]
+        out[..., i:i + side, j:j + side] = tile[..., :side, :side]
+    return out
+
 def conv_block(cin: int, cout: int, kernel: int, stride: int = 1, norm: str = "batch"):
-    """Convolution, normalisation, LeakyReLU: the brick of the DIP's hourglass."""
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
     bn = nn.BatchNorm2d(cout) if norm == "batch" else nn.GroupNorm(math.gcd(8, cout), cout)
     return nn.Sequential(conv, bn, nn.LeakyReLU(0.2, inplace=True))
@@ -131,18 +139,14 @@ class SkipNet(nn.Module):
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of t (N) to N x dim, dim even (Vaswani et al. 2017, section 3.5)."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    args = t.float()[:, None] * freqs
+    args = t.float()[:, None] * 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([args.cos(), args.sin()], 1)
 
-conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
 class ResBlock(nn.Module):
-    """Residual block without normalisation (EDSR, Lim et al. 2017), told about t by a scale and a
-    shift: an image of any size gets the same treatment in every place."""
+    """Residual block without normalisation (EDSR, Lim et al. 2017): t sets a scale and a shift."""
     def __init__(self, cin: int, cout: int, emb: int):
         super().__init__()
-        self.conv1, self.conv2 = conv3(cin, cout), conv3(cout, cout)
+        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, 1, 1), nn.Conv2d(cout, cout, 3, 1, 1)
         nn.init.zeros_(self.conv2.weight)           # starts near the identity
         self.emb = nn.Linear(emb, 2 * cout)
         self.short = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -159,11 +163,11 @@ class UNet(nn.Module):
         self.channels, self.fold = channels, fold
         widths, emb, self.width = [m * width for m in mults], 4 * width, width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem, up = conv3(channels * fold ** 2, width), widths[::-1]
+        self.stem, up = nn.Conv2d(channels * fold ** 2, width, 3, 1, 1), widths[::-1]
         self.enc = nn.ModuleList(ResBlock(c, w, emb) for c, w in zip([width] + widths, widths))
         self.mid = ResBlock(up[0], up[0], emb)
         self.dec = nn.ModuleList(ResBlock(c + w, w, emb) for c, w in zip(up[:1] + up, up))
-        self.out = conv3(up[-1], channels * fold ** 2)
+        self.out = nn.Conv2d(up[-1], channels * fold ** 2, 3, 1, 1)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -202,18 +206,17 @@ class Prior(nn.Module):
         return x0.unflatten(1, (-1, z.shape[1])).mean(1)
 
 # ---- 3. Training the DDPM (Ho et al. Algorithm 1) ---------------------------------------------
-def random_patches(images: list, batch: int, patch: int, gen: torch.Generator) -> Tensor:
-    """Random flipped crops of uint8 C x H x W images: batch x C x patch x patch in [-1, 1]."""
-    out = []
+def random_patches(images, batch: int, patch: int, gen: torch.Generator) -> Tensor:
+    """Random flipped crops of some C x H x W images: batch x C x patch x patch, or smaller."""
+    out, patch = [], min(patch, *images[0].shape[1:])
     for i in torch.randint(len(images), (batch,), generator=gen).tolist():
         u, (h, w) = torch.rand(3, generator=gen), images[i].shape[1:]
         top, left = int(u[0] * (h - patch + 1)), int(u[1] * (w - patch + 1))
         crop = images[i][:, top:top + patch, left:left + patch]
         out.append(crop.flip(2) if u[2] < 0.5 else crop)
-    return torch.stack(out).float() / 127.5 - 1
+    return torch.stack(out)
 
-def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSchedule,
-               images: list, steps: int) -> Iterator[float]:
+def train_ddpm(state: dict, model, ema, schedule, images, steps: int) -> abc.Iterator[float]:
     """Algorithm 1, t ~ U{1..t_max}: yields each loss, updates state; any run may be prolonged."""
     c, device, (rank, world) = state["config"], next(model.parameters()).device, ranks()
     opt = torch.optim.Adam(model.parameters(), lr=c["lr"], betas=(0.9, 0.99))
@@ -222,7 +225,7 @@ def train_ddpm(state: dict, model: nn.Module, ema: nn.Module, schedule: NoiseSch
         opt.load_state_dict(state["optimiser"])
         gen.set_state(state["rng"])
     for step in range(state["step"] + 1, steps + 1):
-        x0, u = random_patches(images, c["batch"], c["patch"], gen).to(device), 0.0
+        x0, u = random_patches(images, c["batch"], c["patch"], gen).to(device) / 127.5 - 1, 0.0
         if c["prior"] == "shift":           # x_t = sqrt(abar) x0 + (1 - sqrt(abar)) u + ..: the
             x0, u = x0.chunk(2, 1)          # DDPM of x0 - u (ShiftDDPMs, Zhang et al. 2022)
         t = torch.randint(1, c["t_max"] + 1, (c["batch"],), generator=gen)
@@ -333,8 +336,8 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("method", "staged", [*METHODS], "of the DIP: network input and target"),
     ("stop", "holdout", ["holdout", "wmv", "emv", "fixed"], "when to stop (fixed: --iters)"),
     ("nets", None, (int, 1, 99), "networks to fit and average (staged 2; else, and in sample, 1)"),
-    ("iters", None, (int, 2, 10 ** 7), "steps of each (1000 with noise, 400 without, sample 250)"),
-    ("lr", None, (float, 1e-9, 10), "learning rate of Adam (0.01; adapt 5e-4, with noise 1e-4)"),
+    ("iters", None, (int, 2, 10 ** 7), "steps (noise 1000, large 3000; none 400; in sample 250)"),
+    ("lr", None, (float, 1e-9, 10), "Adam's (0.01; large 0.003; adapt 5e-4, with noise 1e-4)"),
     ("width", 32, (int, 1, 1024), "channels of the hourglass"),
     ("depth", 4, (int, 1, 8), "levels of the hourglass"),
     ("skip", None, (int, 1, 1024), "channels of its skip connections (16; from fixed z 4)"),
@@ -350,13 +353,12 @@ SETTINGS = (     # settings of a fit, each a flag: name, default, choices or (ty
     ("flips", 1, (int, 0, 1), "turn and flip the conjugate pair (1) or not (0)"),
     ("loss", "squares", ["squares", "gradient"], "gradient: and edges at three scales"),
     ("hold", 0.25, (float, 1e-3, 10), "a of the held-out pair, if there is noise"),
-    ("share", 0.1, (float, 0, 0.9), "of the known pixels held out, if there is none"),
     ("tail", None, (float, 0, 0.9), "share of steps that see all of y again (staged 0.25, else 0)"),
     ("patience", 1000, (int, 1, 10 ** 7), "steps without a better score before the stop"),
 )
+Settings = make_dataclass("Settings", [(name, object, value) for name, value, *_ in SETTINGS])
 
-def hole_side(mask: Tensor) -> int:
-    """Side of a square that is as deep, by mean, as the holes of the mask; 1 for scattered ones."""
+def hole_side(mask: Tensor) -> int:         # of a square as deep as the holes, 1: scattered ones
     far, steps = mask, 0.0
     while 0 < far.mean() < 1:
         steps, far = steps + (1 - far).sum().item(), F.max_pool2d(far, 3, 1, 1)
@@ -397,14 +399,12 @@ class StopRule:
         self.score = risk if self.kind == "holdout" else -float(k)
         if self.kind in ("wmv", "emv"):
             self.score = self.moving_variance(output.cpu().double())
-        better = self.score < self.best or self.best == math.inf
-        if better:
+        if better := self.score < self.best or self.best == math.inf:
             self.best, self.best_k = self.score, k
         self.done = k - self.best_k >= self.patience
         return better
 
-    def moving_variance(self, x: Tensor) -> float:
-        """E[x^2] - E[x]^2 over the newest outputs, mean over pixels; inf while they are too few."""
+    def moving_variance(self, x: Tensor) -> float:      # E[x^2] - E[x]^2, mean over pixels
         old, rate = (self.mean, self.square), self.alpha
         if self.kind == "wmv":
             self.outputs.append(x)
@@ -412,32 +412,28 @@ class StopRule:
             old, rate = (out, out ** 2), 1 / self.window
         self.mean = self.mean + rate * (x - old[0])
         self.square = self.square + rate * (x ** 2 - old[1])
-        if self.kind == "wmv" and len(self.outputs) < self.window:
-            return math.inf
-        return (self.square - self.mean ** 2).mean().item()
+        few = self.kind == "wmv" and len(self.outputs) < self.window
+        return math.inf if few else (self.square - self.mean ** 2).mean().item()
 
-# Step k of iters; rung s, does it end; of the network; of the average output; the answer so far.
+# Step k of iters; rung s, does it end; of the network; of the average output; the answer; net.
 FitStep = namedtuple("FitStep", "k iters s ends mse input output target average risk best best_k "
-                     "best_risk")
+                     "best_risk net")
 
-def turned(x: Tensor, g: int) -> Tensor:
-    """A turn or flip of the square, g in 0..7: g > 3 undoes itself, -g % 4 undoes g < 4."""
+def turned(x: Tensor, g: int) -> Tensor:    # g in 0..7: g > 3 undoes itself, -g % 4 undoes g < 4
     x = torch.rot90(x, g, (2, 3))
     return x.flip(3) if g > 3 else x
 
 def ladder(o: Namespace, sigma: float, steps: int) -> list:
     """The level s of every step: stairs from o.high to o.low, in units of sigma (or 0.2, if 0)."""
-    high = (o.high or (1.0 if o.method == "adapt" and sigma == 0 else 3.0)) * (sigma or 0.2)
-    low = o.low * (sigma or 0.2)
+    high, low = (o.high or (1.0 if o.method == "adapt" and sigma == 0 else 3.0), o.low)
+    high, low = high * (sigma or 0.2), low * (sigma or 0.2)
     stairs = [k * o.rungs // steps / (o.rungs - 1) for k in range(steps)]           # 0 .. 1
     if o.shape == "geometric":
         return [high * (low / high) ** u for u in stairs]
-    if o.shape == "cosine":
-        stairs = [(1 - math.cos(math.pi * u)) / 2 for u in stairs]
-    return [high + (low - high) * u for u in stairs]
+    bent = o.shape == "cosine"
+    return [high + (low - high) * ((1 - math.cos(math.pi * u)) / 2 if bent else u) for u in stairs]
 
-def network_io(source: str, aim: str, y: Tensor, task: Task, estimate: Tensor, fixed: Tensor,
-               s: float, w: Tensor, gen: torch.Generator) -> tuple:
+def network_io(source, aim, y, task: Task, estimate, fixed, s: float, w: Tensor, gen) -> tuple:
     """(network input, its noise level, target in the domain of y) for a draw w of the noise."""
     if source == "fixed":
         z, level = fixed + torch.randn(fixed.shape, generator=gen).to(y) / 30, 1 / 30
@@ -449,10 +445,8 @@ def network_io(source: str, aim: str, y: Tensor, task: Task, estimate: Tensor, f
         return z, level, y - task.sigma ** 2 / s * task.forward(w)                           # z2
     return z, level, y + s * task.forward(w) if aim == "noisy" else y
 
-def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: list, k: int,
-            average: Tensor, gen: torch.Generator, fixed: Tensor, prior) -> Iterator[tuple]:
-    """Down the ladder, one Adam step a level, after k steps; yields FitStep's fields to `average`,
-    which is over a fifth of the steps, 100 at most, and at each rung makes the next inputs."""
+def descend(net, opt, o, y, task: Task, levels: list, k: int, average, gen, fixed, prior):
+    """Down the ladder, a step of Adam a level, after k steps; yields FitStep's first fields."""
     rung = None
     source, aim = (own or usual for own, usual in zip((o.input, o.target), METHODS[o.method]))
     turns = 8 if aim == "conjugate" and task.sigma > 0 and o.flips else 1
@@ -479,26 +473,22 @@ def descend(net: nn.Module, opt, o: Namespace, y: Tensor, task: Task, levels: li
         loss.backward()
         opt.param_groups[0]["lr"] = o.lr * min(1, k / 50)
         opt.step()
-        average = average.lerp(output.detach(), max(0.01, min(1, 5 / k)))
+        average = average.lerp(output.detach(), max(0.01, min(1, 5 / k)))    # of k / 5, at most 100
         average = task.project(average, y) if task.sigma == 0 else average
         yield k, s, s != ahead, mse.item(), z, output.detach(), target, average
 
-def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int = 0,
-            **settings) -> Iterator[FitStep]:
-    """Fit networks to y (1 x C x h x w, y = A x + sigma n); the last step's `best` is the answer,
-    their mean. No parameter lets the clean image in. With 'holdout' a net sees its part of the
-    split until 1 - tail of the steps are done or the risk has not fallen for `patience`; then, from
-    its best weights, all of y. Raises FloatingPointError when the loss is not finite."""
-    o = Namespace(**{name: settings.pop(name, default) for name, default, *_ in SETTINGS})
-    if settings:
-        raise TypeError(f"no setting of SETTINGS: {sorted(settings)}")
+def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Iterator[FitStep]:
+    """Fit networks to y (N x C x h x w, y = A x + sigma n); the last `best` is their mean answer.
+    With 'holdout' each sees its part of the split until 1 - tail of the steps or `patience` are at
+    an end, then, from its best weights, all of y. FloatingPointError: a loss that is not finite."""
+    o = Settings(**settings)
     adapt, lr, nets = o.method == "adapt", o.lr, o.nets or 1 + (o.method == "staged")
     iters = o.iters or (ADAPT_ITERS if adapt else DIP_ITERS[task.sigma > 0])
     if o.tail is None:          # other targets overfit there: report.md, "What holding out costs"
         o.tail = 0.25 if (o.target or METHODS[o.method][1]) == "conjugate" else 0.0
     gen, channels = stream(seed, FIT), y.shape[1]
     torch.manual_seed(stream(seed, INIT).initial_seed())
-    held = HeldOut(y, task, gen, o.hold, o.share) if o.stop == "holdout" else None
+    held = HeldOut(y, task, gen, o.hold) if o.stop == "holdout" else None
     total = blind = 0.0             # of the nets before: sum of answers, of those blind to val_y
     for n in range(nets):
         cin, skip = (32, 4) if "fixed" == (o.input or METHODS[o.method][0]) else (channels, 16)
@@ -529,14 +519,35 @@ def fit_dip(y: Tensor, task: Task, prior: nn.Module | None = None, *, seed: int 
                 done = n and not again and 2 * k < iters        # too early to count the new net in
                 yield FitStep(n * iters + k, nets * iters, *step, mixed, risk,
                               total / n if done else (total + best) / (n + 1),
-                              n * iters + rule.best_k, rule.best if held else math.nan)
+                              n * iters + rule.best_k, rule.best if held else math.nan, net)
                 if rule.done and not again:
                     break
         total = total + best
 
+def fit_crops(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Iterator[FitStep]:
+    """fit_dip of a large noisy y at a cost that does not grow with it: each step sees 16 new crops;
+    averaged weights run over y in tiles, after each quarter: `average`, `risk`, `best`."""
+    gen, best, rule, ema = stream(seed, TRAIN), y, StopRule(settings["stop"]), None
+    held = HeldOut(y, task, gen, settings["hold"]) if rule.kind == "holdout" else None
+    seen, its_task = (held.y, held.task) if held else (y, task)
+    settings |= dict(iters=settings["iters"] or 3000, lr=settings["lr"] or 0.003)
+    crops = random_patches(seen, 16, 64, gen)
+    for step in fit_dip(crops, its_task, seed=seed, **settings | dict(stop="fixed", nets=1)):
+        ema, risk = ema or copy.deepcopy(step.net).eval(), math.nan
+        for p, q in zip(ema.state_dict().values(), step.net.state_dict().values()):
+            p.copy_(p + max(0.01, min(1, 5 / step.k)) * (q - p))
+        if step.k == 50:                        # else BatchNorm removes each crop's own contrast:
+            step.net.eval()                     # from now on its statistics are fixed
+        if step.k % max(1, step.iters // 4) == 0:
+            risk = held.risk(tiled(ema, held.y)) if held else risk
+            average = sum(turned(tiled(ema, turned(y, g)), -g % 4) for g in range(4)) / 4
+            best = average if rule.update(step.k, average, risk) else best
+            step = step._replace(average=average, risk=risk)
+        yield step._replace(best=best, best_k=rule.best_k, best_risk=rule.best if held else risk)
+        crops.copy_(random_patches(seen, 16, 64, gen))
+
 # ---- 7. Joining the two -----------------------------------------------------------------------
-def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: float,
-              y: Tensor | None, task: Task) -> Tensor:
+def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat, risk: float, y, task: Task) -> Tensor:
     """The DDPM's x0 at t, joined with the DIP: the mean of N(x0, r_t^2) N(xhat, R), then a proximal
     step towards A x = y, exact where y is noise-free. xhat, y: None to leave out."""
     x0, var, risk = x0.clamp(-1, 1), r2[t].item(), max(risk, 1e-8)
@@ -544,9 +555,8 @@ def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat: Tensor | None, risk: floa
         x0, var = (x0 * risk + xhat * var) / (risk + var), var * risk / (var + risk)
     return x0 if y is None else task.project(x0, y, var / (var + task.sigma ** 2))
 
-def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, *,
-            sigma: float = 0.0, guide: Tensor | None = None, risk: float = 0.0, steps: int = 20,
-            eta: float = 0.0, samples: int = 4, seed: int = 0, wrap=iter) -> Tensor:
+def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, *, sigma=0.0,
+            guide=None, risk=0.0, steps=20, eta=0.0, samples=4, seed=0, wrap=iter) -> Tensor:
     """Noise `start` (1 x C x H x W, with noise sigma already) to t0, then go back to t = 0. guide:
     the DIP's output or None, risk: its error's variance; sample i depends on seed + i alone."""
     gens, grey = [stream(seed + i, SAMPLE) for i in range(samples)], start.shape[1] == 1
@@ -557,13 +567,12 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
     u = guide if prior.shift and guide is not None else 0 * start      # x - u diffuses; usually x
     xt = (z - u) * prior.schedule.abar[t0].sqrt().item()             # x_t0 ~ q(x_t0 | x) or xhat
     join = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=risk, y=y, task=task)
-    out = u + ddim_sample(lambda x, t: prior.model(u + x, t), prior.schedule, xt, t0, steps, gens,
-                          eta, lambda x0, t: join(u + x0, t) - u, wrap)
+    out = u + ddim_sample(lambda x, t: tiled(lambda v: prior.model(v, t), u + x), prior.schedule,
+                          xt, t0, steps, gens, eta, lambda x0, t: join(u + x0, t) - u, wrap)
     return out.mean(1, keepdim=True) if grey else out
 
 # ---- 8. Metrics -------------------------------------------------------------------------------
-def in_db(mse: float, data_range: float = 2.0) -> float | None:
-    """The PSNR of a mean squared error; None if that is below 0, as an estimate may be."""
+def in_db(mse: float, data_range: float = 2.0) -> float | None:     # None: an estimate below 0
     return 10 * math.log10(data_range ** 2 / mse) if mse > 0 else math.inf if mse == 0 else None
 
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
@@ -584,9 +593,8 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     den = (ma ** 2 + mb ** 2 + c1) * (aa - ma ** 2 + bb - mb ** 2 + c2)
     return (num / den).mean().item()
 
-def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:
-    """(psnr, ssim) of xhat, clipped to [-1, 1], against x; None where unknown or not asked for."""
-    if x is None or xhat is None:
+def quality(xhat: Tensor, x: Tensor | None, both: bool = True) -> tuple:    # (psnr, ssim) or None
+    if x is None or xhat is None or x.shape != xhat.shape:
         return None, None
     xhat = xhat.clamp(-1, 1)
     return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if both and min(x.shape[-2:]) > 10 else None
@@ -615,9 +623,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> dict:
     balls = [torch.cdist(v, v).sort(1).values[:, :k + 1][:, -1] for v in (real, fake)]
     d = torch.cdist(real, fake)
     inside = d < balls[0][:, None]
-    shares = dict(precision=inside.any(0), recall=(d < balls[1]).any(1), coverage=inside.any(1),
-                  density=inside.sum(0) / k)
-    return {name: v.double().mean().item() for name, v in shares.items()}
+    shares = inside.any(0), (d < balls[1]).any(1), inside.sum(0) / k, inside.any(1)
+    names = "precision recall density coverage".split()
+    return dict(zip(names, (v.double().mean().item() for v in shares)))
 
 # ---- 9. Files, figures, progress --------------------------------------------------------------
 def fail(message: str):
@@ -634,11 +642,10 @@ def save(path: str, data):
         torch.save(data, buffer)
     elif path.endswith(".csv"):
         names = dict.fromkeys(name for row in data for name in row)
-        lines = [names, *([row.get(name) for name in names] for row in data)]
-        lines = [",".join("" if v is None else f'"{v}"' for v in line) + "\n" for line in lines]
-        buffer.write("".join(lines).encode())
+        for line in [names, *([row.get(name) for name in names] for row in data)]:
+            buffer.write((",".join("" if v is None else f'"{v}"' for v in line) + "\n").encode())
     else:
-        text = data if isinstance(data, str) else json.dumps(data, indent=1)
+        text = data if isinstance(data, str) else json.dumps(data, indent=1, default=str)
         buffer.write(text.replace("Infinity", "null").encode())
     part = f"{path}.{os.getpid()}.tmp"
     try:
@@ -663,24 +670,20 @@ def to_tensor(path: str) -> Tensor:
     pixels = np.asarray(image, np.float32) / (257 if deep else 1)
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1) / 127.5 - 1)[None]
 
-def to_image(x: Tensor) -> Image.Image:
-    """1 x C x H x W in [-1, 1] to an 8-bit Pillow image: rounded, clipped."""
+def to_image(x: Tensor) -> Image.Image:     # 1 x C x H x W in [-1, 1] to 8 bits: rounded, clipped
     pixels = ((x[0].detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
-def read(path: str, flag: str, reader, what: str):
-    """reader(path), or fail naming the flag: Pillow, numpy and torch raise many kinds of errors."""
+def read(path: str, flag: str, reader, what: str):  # libraries raise many kinds of errors
     try:
         return reader(path)
     except Exception as e:
         fail(f"{flag}: cannot read {path} ({str(e).strip()[:80]}); {what}")
 
 def load_image(path: str, flag: str = "--image") -> Tensor:
-    """Read a picture as 1 x C x H x W in [-1, 1], or fail naming the flag."""
     return read(path, flag, to_tensor, "give a whole PNG, JPEG or other picture")
 
-def photos(folder: str, flag: str) -> list:
-    """The picture files in a folder and below it, sorted."""
+def photos(folder: str, flag: str) -> list:     # the pictures in a folder and below it
     files = sorted(f for f in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
                    if re.search(r"\.(png|jpe?g|bmp|webp|tiff?)$", f, re.I) and os.path.isfile(f))
     return files or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
@@ -688,13 +691,14 @@ def photos(folder: str, flag: str) -> list:
 def figure(panels: list, x: Tensor | None = None) -> Image.Image:
     """Pictures (title, 1 x C x H x W, notes ..), 6 a row; below: PSNR to the clean x, notes."""
     h, w = panels[0][1].shape[-2:]
-    zoom, columns = max(1, round(256 / max(h, w))), min(len(panels), 6)
-    w, h, gap, bar, rows = w * zoom, h * zoom, 8, 26, math.ceil(len(panels) / columns)
-    page = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + 2 * bar) + gap), "white")
+    zoom, columns = max(round(256 / max(h, w)), min(1, 1024 / max(h, w))), min(len(panels), 6)
+    w, h, gap, bar = max(1, round(w * zoom)), max(1, round(h * zoom)), 8, 26
+    size = columns * (w + gap) + gap, -(-len(panels) // columns) * (h + 2 * bar) + gap
+    page = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(9, min(17, w // 13)))
     for i, (title, image, *notes) in enumerate(panels):
         left, top = gap + i % columns * (w + gap), gap + i // columns * (h + 2 * bar)
-        page.paste(to_image(image).convert("RGB").resize((w, h), Image.NEAREST), (left, top + bar))
+        page.paste(to_image(image).convert("RGB").resize((w, h), Image.BOX), (left, top + bar))
         draw.text((left + w / 2, top + bar / 2), title, "black", font, "mm")
         notes = notes if x is None or image is x else [f"{quality(image, x)[0]:.2f} dB", *notes]
         draw.text((left + w / 2, top + h + bar * 1.5), ", ".join(notes), "dimgrey", font, "mm")
@@ -706,7 +710,7 @@ class Progress:
         self.what, self.n, self.text, self.stopped = what, n, "", False
         self.count, self.seconds, self.idle = 0, 0.0, 0.0       # idle: seconds not to be counted
 
-    def over(self, steps) -> Iterator:
+    def over(self, steps) -> abc.Iterator:
         before, start, shown = signal.signal(signal.SIGINT, self.stop), time.monotonic(), 0.0
         try:
             for k, step in enumerate(steps, 1):
@@ -727,8 +731,7 @@ class Progress:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---- 10. The observation: a photo degraded here, or one that the user already has -------------
-def from_8bit(sigma: float) -> float:
-    """A noise level in 8-bit units (25 of 255) to the [-1, 1] scale."""
+def from_8bit(sigma: float) -> float:       # a noise level in 8-bit units (25 of 255) to [-1, 1]
     return 2 * sigma / 255
 
 def observe(args: Namespace, path: str, text: str) -> tuple:
@@ -737,8 +740,7 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     value = float(number) if re.fullmatch(r"\d*\.?\d+", number) else math.nan if number else None
     if not {"denoise": value is None or 0 < value <= 255, "inpaint": not value or 0 < value <= 1,
             "superres": value in (2, 3, 4, 6, 8)}.get(name):
-        fail(f"--task: {text!r} is none of denoise:SIGMA (0 to 255), inpaint:SHARE (of the pixels "
-             "missing, 0 to 1), superres:2|3|4|6|8")
+        fail(f"--task: {text!r} is none of denoise:0..255, inpaint:0..1, superres:2|3|4|6|8")
     image, scale = load_image(path), int(value) if name == "superres" else 1
     image, unit = F.avg_pool2d(image, 1 + args.halve, ceil_mode=True), 1 if args.observed else scale
     h, w = (min(n, args.size or n) // unit * unit for n in image.shape[2:])
@@ -752,8 +754,7 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
         mask = torch.rand((1, 1, h, w), generator=stream(args.seed, OBSERVE)) >= value
     few = mask is None or mask.shape[2:] != (h, w) or not mask.any() and args.init != "noise"
     if few if name == "inpaint" else args.mask:
-        fail("--mask: give --task inpaint and a picture of the image's size, white where a pixel "
-             "is known, or --task inpaint:SHARE with some pixels left")
+        fail("--mask: give --task inpaint and a picture of the image's size, white = known pixels")
     task = Task(text, 0.0, scale, mask if mask is None else mask.to(image))
     x, y = None if args.observed else image, image if unit < scale else task.forward(image)
     if name == "denoise":                       # what is told, or known, or estimated
@@ -768,47 +769,41 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
 
 # ---- 11. The commands -------------------------------------------------------------------------
 def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, fits: dict | None) -> tuple:
-    """fit_dip as the flags say; only the log sees x. fits: of evaluate, what was fitted before to
-    this y; then other StopRules look on. gap: what a rule's answer lacks to the best (oracle)."""
-    settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
-    if args.init and args.method != "adapt":
-        settings |= dict(iters=args.iters or BRIEF_ITERS, nets=args.nets or 1)
-    if fits and tuple(settings.items()) in fits:
-        return fits[tuple(settings.items())]
-    if args.method == "adapt" and args.input == "fixed":
+    """fit_dip; only the log sees x. fits: of evaluate, all to this y; then other rules look on."""
+    large = (args.method == "staged" and task.sigma > 0 and y[0, 0].numel() > 400 ** 2
+             and args.stop in ("holdout", "fixed") and not args.input)
+    if args.input == "fixed" and args.method == "adapt":
         fail("--input: a trained DDPM cannot denoise the fixed z; adapt needs observed or estimate")
+    settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
+    if args.init and args.method != "adapt" and not large:
+        settings |= dict(iters=args.iters or BRIEF_ITERS, nets=args.nets or 1)
+    if (key := tuple(settings.items())) in (fits or ()):
+        return fits[key]
     prior = load_prior(args, "dip", y.shape[1]) if args.method in ("adapt", "guide") else None
-    rows, stages, bar = [], [], Progress("DIP")
-    rules = [StopRule(kind) for kind in ("wmv", "emv", args.stop)] if fits is not None else []
-    try:
-        for last in bar.over(fit_dip(y, task, prior, **settings)):
-            before, bar.n = time.monotonic(), last.iters
-            bar.text = f"noise {last.s * 127.5:.0f}/255"
-            for rule in rules:
-                if not rule.done and rule.update(last.k, last.output, last.risk):
-                    rule.answer = last
-            if last.ends or last.k % 10 == 0:
-                level, (p, q) = last.s * 127.5, quality(last.average, x, last.ends)
-                aim = quality(task.forward(last.output), last.target, last.ends)[1]
-                rows.append(dict(
-                    iter=last.k, seconds=bar.seconds, noise=level, risk=last.risk, psnr=p, ssim=q,
-                    newest=quality(last.output, x, False)[0], psnr_risk=in_db(last.risk),
-                    psnr_target=in_db(last.mse), ssim_target=aim))
-            falls = not stages or level < stages[-1][0]                 # not the next net's ladder
-            if last.ends and falls and fits is None and last.input.shape == last.average.shape:
-                stages.append((level, last.input, last.average))
-            bar.idle += time.monotonic() - before               # the clock is for the fit alone
-    except FloatingPointError as e:
-        fail(f"--lr: {e}; lower it")
+    rows, stages, bar = [], {}, Progress("DIP")
+    rules = [StopRule(r) for r in ("wmv", "emv", args.stop)] * (fits is not None and not large)
+    for last in bar.over((fit_crops if large else fit_dip)(y, task, prior, **settings)):
+        before, bar.n, bar.text = time.monotonic(), last.iters, f"noise {last.s * 127.5:.0f}/255"
+        for rule in rules:
+            if not rule.done and rule.update(last.k, last.output, last.risk):
+                rule.answer = last
+        if last.ends or last.k % 10 == 0:
+            level, (p, q) = last.s * 127.5, quality(last.average, x, last.ends)
+            aim = quality(task.forward(last.output), last.target, last.ends)[1]
+            rows.append(dict(iter=last.k, seconds=bar.seconds, noise=level, risk=last.risk, psnr=p,
+                             ssim=q, newest=quality(last.output, x, False)[0], ssim_target=aim,
+                             psnr_risk=in_db(last.risk), psnr_target=in_db(last.mse)))
+        if last.ends and fits is None and not large and last.input.shape == last.average.shape:
+            stages.setdefault(f"noise {level:.0f}", (last.input, last.average))
+        bar.idle += time.monotonic() - before                   # the clock is for the fit alone
     m = dict(iters=last.k, stop_iter=last.best_k, seconds_dip=bar.seconds)
     for rule in rules * (not bar.stopped):
         best = max(v["psnr"] for v in rows if rule.kind != "holdout" or v["risk"] == v["risk"])
-        p = quality(rule.answer.average, x, False)[0]
-        m |= {f"psnr_{rule.kind}": p, f"gap_{rule.kind}": best - p}
+        m[f"gap_{rule.kind}"] = best - quality(rule.answer.average, x, False)[0]
     if rules and not bar.stopped:
         best, newest = (max(v[c] for v in rows) for c in ("psnr", "newest"))
         m |= dict(oracle=best, newest_oracle=newest, gap=best - quality(last.best, x, False)[0])
-        fits[tuple(settings.items())] = last, rows, stages, m, bar.stopped
+        fits[key] = last, rows, stages, m, bar.stopped
     return last, rows, stages, m, bar.stopped
 
 def prepare(args: Namespace) -> tuple:
@@ -830,14 +825,12 @@ def prepare(args: Namespace) -> tuple:
     x, y, task = observe(args, args.image, args.task)
     return x, y, task, load_prior(args, kind, y.shape[1]) if args.init else None
 
-def restore(args: Namespace, fits: dict | None = None) -> tuple:
-    """fit-dip (init None) or sample on one photo: (metrics, panels of its figure, was it stopped),
-    and all files in --out but metrics.json, which means: done. fits: of evaluate, see run_fit."""
+def restore(args: Namespace, fits: dict | None = None, arm: str | None = None) -> tuple:
+    """One photo by fit-dip (init None), sample or an arm of evaluate: (metrics, panels), files."""
     x, y, task, prior = prepare(args)
-    if fits is None:
-        how = f"init {args.init}, {args.steps} steps" if args.init else args.method
-        banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
-    seen, dip, risk, stages, bar = task.interpolate(y), None, None, [], Progress("DDPM")
+    how = f"init {args.init}, {args.steps} steps" if args.init else args.method
+    banner(args, f"{task.name}, {args.image or 'grid'} {y.shape[3]}x{y.shape[2]}, {how}", prior)
+    seen, dip, risk, stages, bar = task.interpolate(y), None, None, {}, Progress("DDPM")
     more, panels = dict(iters=0, stop_iter=0, seconds_dip=0.0), [("observed", seen)]
     if args.init in (None, "dip"):
         last, rows, stages, more, bar.stopped = run_fit(args, y, task, x, fits)
@@ -863,37 +856,32 @@ def restore(args: Namespace, fits: dict | None = None) -> tuple:
             spread=127.5 * samples.std(0, correction=0).square().mean().sqrt().item(),
             seconds_ddpm=seconds, trained=prior.trained)
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
-    metrics = dict(zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0],
-                   seconds=more["seconds_dip"] + seconds, risk=risk, sigma=task.sigma * 127.5,
-                   task=task.name, init=args.init, method=args.method, stop=args.stop)
-    panels = panels if x is None else [*panels, ("clean", x)]
-    if task.name == "grid":
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
+    metrics = vars(args) | more | dict(
+        zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0], risk=risk,
+        seconds=more["seconds_dip"] + seconds, sigma=task.sigma * 127.5, task=task.name, arm=arm)
+    grid = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
+    panels = grid if task.name == "grid" else panels + [("clean", x)] * (x is not None)
     page = figure(panels, x)
     files = {"result.png": page if task.name == "grid" else to_image(image), "figure.png": page,
              "log.csv": rows} | ({"sample.png": to_image(samples)} if args.init else {})
     if stages:
-        strip = [stages[i] for i in np.linspace(0, len(stages) - 1, 6).astype(int)]
-        files["stages.png"] = figure([(f"noise {level:.0f}", z) for level, z, _ in strip]
-                                     + [("output", out) for _, _, out in strip], x)
-    if fits is not None and bar.stopped:                    # of evaluate: nothing by halves
+        rungs = [list(stages)[i] for i in np.linspace(0, len(stages) - 1, 6).astype(int)]
+        files["stages.png"] = figure([(rung, stages[rung][i]) for i in (0, 1) for rung in rungs], x)
+    if not (arm and bar.stopped):                           # of evaluate: nothing by halves
+        for name, data in (files | {"metrics.json": metrics}).items():
+            save(os.path.join(args.out, name), data)
+    print(", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if isinstance(v, float)),
+          f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
+    if bar.stopped:
         raise KeyboardInterrupt
-    for name, data in files.items():
-        save(os.path.join(args.out, name), data)
-    return metrics | more | dict(seed=args.seed), panels, bar.stopped
+    return metrics, panels
 
-def cmd_restore(args: Namespace) -> int:
+def cmd_restore(args: Namespace):
     """fit-dip and sample; of a folder, which torchrun shares, each photo into its own folder."""
     folder, (rank, world) = os.path.isdir(args.image or ""), ranks()
     for image in (photos(args.image, "--image") if folder else [args.image])[rank::world]:
         out = os.path.join(args.out, os.path.relpath(image, args.image)) if folder else args.out
-        metrics, _, stopped = restore(Namespace(**vars(args) | dict(image=image, out=out)))
-        save(os.path.join(out, "metrics.json"), metrics)
-        numbers = (f"{k} {v:.2f}" for k, v in metrics.items() if isinstance(v, float))
-        print(", ".join(numbers), f"-> {os.path.join(out, 'result.png')}, figure.png", flush=True)
-        if stopped:
-            return 130
-    return 0
+        restore(Namespace(**vars(args) | dict(image=image, out=out)))
 
 def load_data(path: str, patch: int) -> tuple:
     """(list of uint8 C x H x W, patch): a folder of pictures, or an .npz/.npy array of them."""
@@ -906,17 +894,13 @@ def load_data(path: str, patch: int) -> tuple:
     patch = min(patch, max(min(i.shape[1:]) for i in images))
     return [i for i in images if min(i.shape[1:]) >= patch], patch
 
-def load_array(path: str) -> list:
-    """The uint8 images in the first array of an .npz, or in an .npy, as C x H x W."""
-    data = np.load(path)
-    data = data if isinstance(data, np.ndarray) else data[data.files[0]]
-    data = data[..., None] if data.ndim == 3 else data
-    if data.dtype != np.uint8 or data.ndim != 4 or data.shape[3] not in (1, 3) or not data.size:
+def load_array(path: str) -> list:          # the first array of an .npz or .npy, as C x H x W
+    data = data if isinstance(data := np.load(path), np.ndarray) else data[data.files[0]]
+    if data.dtype != np.uint8 or data.shape[3:] not in ((), (1,), (3,)) or not data.size:
         raise ValueError(f"it holds {data.dtype} of shape {data.shape}")
-    return list(torch.from_numpy(data).permute(0, 3, 1, 2))
+    return list(torch.from_numpy(data.reshape(*data.shape[:3], -1)).permute(0, 3, 1, 2))
 
-def load_state(path: str) -> dict:
-    """A checkpoint (see new_state); an error if it is none, or not whole."""
+def load_state(path: str) -> dict:          # an error if it is no checkpoint, or not whole
     return Prior(state := torch.load(path, map_location="cpu", weights_only=True)) and state
 
 def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
@@ -926,8 +910,8 @@ def load_prior(args: Namespace, kind: str, channels: int) -> Prior:
         print(f"no prior yet: training {path} on images/train, once, about 4 minutes on two cores")
         part = os.path.join("runs", "train", "part")        # a prior only when it is whole
         more = ["--resume"] * os.path.exists(os.path.join(part, f"{kind}.pt"))
-        if main(["train", "--prior", kind, "--device", args.device.type, "--out", part, *more,
-                 *["--bf16"] * args.bf16]):
+        more += ["--device", args.device.type, "--out", part] + ["--bf16"] * args.bf16
+        if main(["train", "--prior", kind, *more]):
             raise KeyboardInterrupt
         os.replace(os.path.join(part, f"{kind}.pt"), path)
     prior = Prior(read(path, "--ckpt", load_state, "train a prior"))
@@ -947,7 +931,6 @@ def new_state(args: Namespace, channels: int, patch: int) -> dict:
                 eps_loss=torch.ones(1001))
 
 def cmd_train(args: Namespace) -> int:
-    """Algorithm 1 until --steps, from --resume's checkpoint or from the start."""
     path, (rank, world) = os.path.join(args.out, f"{args.prior}.pt"), ranks()
     state = read(path, "--resume", load_state, "train anew") if args.resume else None
     images, patch = load_data(args.data, state["config"]["patch"] if state else args.patch)
@@ -975,12 +958,11 @@ def cmd_train(args: Namespace) -> int:
     before = rows[-1]["seconds"] if rows else dips.seconds
     for loss in bar.over(() if dips.stopped else train_ddpm(
             state, net, ema, NoiseSchedule(c["T"], c["schedule"]), images, args.steps)):
-        step, running, bar.text = state["step"], state["eps_loss"][1:c["t_max"] + 1], f"{loss:.3f}"
-        quarters = {f"loss_quarter{i}": v.mean().item() for i, v in enumerate(running.chunk(4), 1)}
+        step, bar.text = state["step"], f"{loss:.3f}"
         if not math.isfinite(loss):
             fail(f"--lr: the loss is not finite at step {step}; lower it and train again")
         if step % 50 == 0 or step == args.steps:
-            rows.append(dict(step=step, seconds=before + bar.seconds, loss=loss) | quarters)
+            rows.append(dict(step=step, seconds=before + bar.seconds, loss=loss))
         if step % 500 == 0:
             keep(path, state)
         if args.keep and step % args.keep == 0:
@@ -992,8 +974,7 @@ def cmd_train(args: Namespace) -> int:
     print(f"{step} steps in {before + bar.seconds:.0f} s -> {path}", flush=True)
     return 130 if bar.stopped or dips.stopped else 0
 
-def banner(args: Namespace, text: str, net: nn.Module | None = None):
-    """What was chosen, in one line."""
+def banner(args: Namespace, text: str, net: nn.Module | None = None):   # what was chosen
     text += f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters" if net else ""
     print(f"{args.command}: {text} | {args.device.type}, {torch.get_num_threads()} threads, seed "
           f"{args.seed} -> {args.out}", flush=True)
@@ -1018,35 +999,29 @@ SUITES = {      # tasks, arms; {a|b} stands for one command line with a and one 
                  " --target plain| --flips 0| --width 64| --depth 2| --loss gradient| --told 0}")}
 COLUMNS = ("psnr ssim seconds stop_iter oracle newest_oracle gap gap_holdout gap_wmv gap_emv "
            "psnr_dip psnr_sample spread seconds_dip nfe t0 trained").split()
+slug = functools.partial(re.sub, r"[^\w.]+", "-")           # a text to the name of a file
 
-def expand(text: str) -> list:
-    """The command lines that `text` stands for."""
-    head, brace, rest = text.partition("{")
-    options, _, tail = rest.partition("}")
-    return [e for o in options.split("|") for e in expand(head + o + tail)] if brace else [text]
+def expand(text: str) -> list:              # the command lines that `text` stands for
+    parts = [p.split("|") if i % 2 else [p] for i, p in enumerate(re.split(r"[{}]", text))]
+    return ["".join(choice) for choice in itertools.product(*parts)]
 
 def markdown(rows: list) -> str:
     """Means over photos and seeds; std: of the seeds' means; gap: mean / worst / over 1 dB."""
-    groups, table = {}, [["task", "arm", "n", *COLUMNS, "std"]]
-    for r in rows:
-        groups.setdefault((r["task"], r["arm"]), []).append(r)
-    for key, group in groups.items():
+    table = [["task", "arm", "n", *COLUMNS, "std"]]
+    for key in dict.fromkeys((r["task"], r["arm"]) for r in rows):
+        group = [r for r in rows if (r["task"], r["arm"]) == key]
         table.append([*key, str(len(group))])
         for c in COLUMNS:
             v = [r[c] for r in group if r.get(c) is not None]
-            text = f"{np.mean(v):.{3 if c == 'ssim' else 2}f}" if v else ""
             worst = f" / {max(v):.2f} / {sum(g > 1 for g in v)}" if v and c[:3] == "gap" else ""
-            table[-1].append(text + worst)
+            table[-1].append(f"{np.mean(v):.{3 if c == 'ssim' else 2}f}{worst}" if v else "")
         seeds = {r["seed"] for r in group}
         means = [np.mean([r["psnr"] for r in group if r["seed"] == s]) for s in seeds]
         table[-1].append(f"{np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
     names, *lines = zip(*(c for c in zip(*table) if any(c[1:])))
     return "".join(f"| {' | '.join(v)} |\n" for v in (names, ["---"] * len(names), *lines))
 
-slug = functools.partial(re.sub, r"[^\w.]+", "-")           # a text to the name of a file
-
-def compare_sets(args: Namespace, files: list, arms: list, folder: str):
-    """Frechet distance, precision and so on of each arm's results to the pictures in --held."""
+def compare_sets(args: Namespace, files: list, arms: list, folder: str):       # with --held
     def of(paths: list) -> Tensor:
         return torch.cat([features(load_image(p, "--held"), net) for p in paths])
     net = args.inception and read(args.inception, "--inception", torch.jit.load, "no TorchScript")
@@ -1054,48 +1029,72 @@ def compare_sets(args: Namespace, files: list, arms: list, folder: str):
     for arm in ["the targets", *arms]:
         found = glob.glob(os.path.join(glob.escape(folder), "*", slug(arm), "result.png"))
         fake = of(found if rows else files)
-        shares = {name: frechet(real, fake)} | precision_recall(real, fake)
-        rows.append(dict(arm=arm, n=len(fake)) | shares)
-        print(arm, len(fake), *(f"{k} {v:.3f}" for k, v in shares.items()), flush=True)
+        numbers = {name: frechet(real, fake)} | precision_recall(real, fake)
+        rows.append(dict(arm=arm, n=len(fake)) | numbers)
+        print(arm, len(fake), *(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
     save(os.path.join(args.out, "sets.csv"), rows)
 
-def cmd_evaluate(args: Namespace) -> int:
+def measure_speed(args: Namespace):
+    """A step of each command: ms (median of 20), GFLOP/s, by a matrix product's, peak MB so far."""
+    x, w = (torch.randn(n, 1024, k, k).to(args.device) for n, k in ((1, 32), (1024, 1)))
+    state, schedule = new_state(make_parser().parse_args(["train"]), 3, 48), NoiseSchedule()
+    net = UNet(**state["config"]["unet"]).to(args.device, memory_format=torch.channels_last)
+    photos, gens = torch.randint(0, 256, (1, 3, 64, 64)), [stream(i, SAMPLE) for i in range(4)]
+    jobs = {"1024 x 1024 matrix product": (F.conv2d(x, w).sum().item() for _ in itertools.count())}
+    for side, width in itertools.product((32, 64) if args.quick else (128, 256), (32, 64)):
+        jobs[f"fit-dip --width {width}, {side} x {side}"] = fit_dip(
+            torch.rand(1, 3, side, side).to(x), Task("denoise", 0.2), nets=1, width=width)
+    jobs["train, 16 x 48 x 48"] = train_ddpm(state, net, copy.deepcopy(net), schedule, photos, 99)
+    xt, rows = noise((4, 3, 128, 128), gens).to(x), []
+    jobs["sample, 4 x 128 x 128"] = (ddim_sample(net, schedule, xt, 9, 1, gens).sum().item()
+                                     for _ in itertools.count())
+    for name, steps in jobs.items():
+        with FlopCounterMode(display=False) as counter:
+            next(steps)
+        clock = [time.perf_counter() for _ in itertools.islice(steps, 23)]
+        ms = 1e3 * np.median(np.diff(clock[2:]))
+        rows.append({"step": name, "ms": ms, "GFLOP/s": counter.get_total_flops() / ms / 1e6})
+        rows[-1]["ratio"] = rows[-1]["GFLOP/s"] / rows[0]["GFLOP/s"]
+        with contextlib.suppress(ImportError):                              # Windows has none
+            import resource
+            rows[-1]["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(*(f"{k} {v:.4g}" if k != "step" else v for k, v in rows[-1].items()), flush=True)
+    save(os.path.join(args.out, "speed.csv"), rows)
+
+def cmd_evaluate(args: Namespace):
     """Run the suites, every arm on every photo, unless its folder has a metrics.json already."""
     files, (rank, world) = photos(args.images, "--images")[:1 if args.quick else None], ranks()
     shared = ["--size", str(args.size or 128)] + ["--halve"] * args.halve + ["--bf16"] * args.bf16
     quick = ["--size", "32", "--iters", "20"] * args.quick
-    for name in SUITES if args.suite == "all" else [args.suite]:
-        tasks, text = SUITES[name]
-        tasks, text = (args.task or tasks).split(","), args.arms or text
+    if args.suite in ("speed", "all"):
+        measure_speed(args)
+    for name in SUITES if args.suite == "all" else {args.suite} - {"speed"}:
+        tasks, text = (a or b for a, b in zip((args.task, args.arms), SUITES[name]))
         arms = list(dict.fromkeys(" ".join(a.split()) for p in text.split(";") for a in expand(p)))
         for arm in arms:                                    # a bad one ends it now
             if arm.split(" ")[0] not in ("fit-dip", "sample"):
                 fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
             make_parser().parse_args(arm.split())
-        banner(args, f"{name}: {len(files)} photos x {', '.join(tasks)} x {args.seeds} seeds")
+        banner(args, f"{name}: {len(files)} photos x {tasks} x {args.seeds} seeds")
         folder = os.path.join(args.out, name + "".join(shared))
         own = args.seeds * (name == "generation")           # a seed for each photo: other noise
-        jobs = [(args.seed + 100 * (k + n * own), file, task) for k in range(args.seeds)
-                for n, file in enumerate(files) for task in tasks]
-        for seed, file, task in jobs[rank::world]:
+        jobs = [*itertools.product(range(args.seeds), enumerate(files), tasks.split(","))]
+        for k, (n, file), task in jobs[rank::world]:
+            seed = args.seed + 100 * (k + n * own)
             flags = shared + ["--image", file, "--task", task, "--seed", str(seed)]
             where = slug(f"{os.path.relpath(file, args.images)} {task} {seed}")
             panels, fits = [], {}
             for arm in arms:
                 words, out = arm.split(), os.path.join(folder, where, slug(arm))
-                given = make_parser().parse_args(
-                    words[:1] + flags + words[1:] + quick + ["--out", out])
-                given.device, path = args.device, os.path.join(out, "metrics.json")
-                if os.path.exists(path):
-                    continue
-                m, ends, _ = restore(given, fits)
-                save(path, m | dict(photo=file, task=task, arm=arm))
-                note = f"{m.get('nfe', 0)} calls, {m['seconds']:.1f} s"
-                panels.append((arm[-30:], ends[-2][1], note))
+                given = make_parser().parse_args(words[:1] + flags + words[1:] + quick)
+                given.device, given.out = args.device, out
+                if not os.path.exists(os.path.join(out, "metrics.json")):
+                    m, ends = restore(given, fits, arm)
+                    note = f"{m.get('nfe', 0)} calls, {m['seconds']:.1f} s"
+                    panels.append((arm[-30:], ends[-2][1], note))
             if panels:
-                save(os.path.join(folder, where, "figure.png"),
-                     figure([ends[0], *panels, ends[-1]], ends[-1][1]))
-                print(where, *(f"| {title} {note}" for title, _, note in panels), flush=True)
+                page = figure([ends[0], *panels, ends[-1]], ends[-1][1])
+                save(os.path.join(folder, where, "figure.png"), page)
         found = glob.glob(os.path.join(glob.escape(folder), "*", "*", "metrics.json"))
         rows = sorted((json.loads(open(f).read()) for f in sorted(found)), key=lambda r: (
             r["task"], arms.index(r["arm"]) if r["arm"] in arms else len(arms)))
@@ -1104,12 +1103,11 @@ def cmd_evaluate(args: Namespace) -> int:
         print(markdown(rows))
         if args.held and rank == 0:
             compare_sets(args, files, arms, folder)
-    return 0
 
 # ---- 13. The command line ---------------------------------------------------------------------
 BOTH, ALL = "fit-dip sample", "fit-dip sample train evaluate"
 FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choices, True or None
-    ("evaluate", "suite", "all", [*SUITES, "all"], "which tables"),
+    ("evaluate", "suite", "all", [*SUITES, "speed", "all"], "which tables"),
     (BOTH, "--image", None, None, "a photo: clean, unless --observed (a shipped one)"),
     (BOTH + " evaluate", "--task", None, None, "denoise:SIGMA, inpaint:SHARE missing, superres:S"),
     (BOTH, "--observed", False, True, "--image is degraded already; denoise estimates the noise"),
@@ -1147,8 +1145,7 @@ FLAGS = (       # commands, flag, default, kind: (type, lowest, highest), choice
     (ALL, "--out", None, None, "folder for what is written (runs/COMMAND)"),
 ) + tuple((BOTH, "--" + name, default, kind, text) for name, default, kind, text in SETTINGS)
 
-def in_range(default, kind, low, high, text: str):
-    """An argparse type: int or float within low..high, or auto, the flag's default."""
+def in_range(default, kind, low, high, text: str):     # an argparse type; auto: the default
     with contextlib.suppress(ValueError):
         value = default if text == "auto" else kind(text)
         if value is None or low <= value <= high:
@@ -1156,7 +1153,6 @@ def in_range(default, kind, low, high, text: str):
     raise ArgumentTypeError(f"{text!r} is no {kind.__name__} in {low}..{high}")
 
 def make_parser() -> ArgumentParser:
-    """The four commands with their FLAGS."""
     parser, parsers = ArgumentParser(description=__doc__.split("\n")[0]), {}
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("fit-dip", "fit a Deep Image Prior to one photo; it stops by itself"),
@@ -1189,10 +1185,14 @@ def main(argv: list | None = None) -> int:
     args.out = args.out or os.path.join("runs", args.command)
     save(probe := os.path.join(args.out, f".writable{os.getpid()}"), "")
     os.remove(probe)
+    if sys.platform == "linux":     # M_MMAP_, M_TRIM_THRESHOLD: keep freed memory, else page faults
+        ctypes.CDLL(None).mallopt(-3, 2 ** 30), ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)
     command = dict(train=cmd_train, evaluate=cmd_evaluate).get(args.command, cmd_restore)
     try:
         with torch.autocast(name, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            return command(args)
+            return command(args) or 0
+    except FloatingPointError as e:
+        fail(f"--lr: {e}; lower it")
     except KeyboardInterrupt:
         return 130
 

@@ -658,7 +658,7 @@ def test_changing_the_clean_image_changes_no_output_bit(priors, init, task, phot
     psnrs, images = [], []
     for v in (x, torch.zeros_like(x), None):
         monkeypatch.setattr(D, "prepare", lambda _: (v, *rest))
-        metrics, panels, _ = D.restore(args)
+        metrics, panels = D.restore(args)
         psnrs.append(metrics["psnr"])
         images.append(panels[-1 if v is None else -2][1])
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
@@ -1292,6 +1292,71 @@ def test_missing_device(capsys):
     assert run("fit-dip", "--device", "cuda") == 2 and "--device" in capsys.readouterr().err
 
 
+# ---- large photos, speed
+
+
+def shaken(net):
+    """Weights away from zero and from their start, in every layer."""
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return net.eval()
+
+
+@pytest.mark.parametrize("size", [(200, 330), (65, 300), (64, 64)])
+def test_tiles_have_no_seams(size):
+    """In tiles or at once, the same picture: each tile sees all that its pixels depend on."""
+    torch.manual_seed(0)
+    x, t = torch.randn(1, 3, *size), torch.tensor([7])
+    dip, ddpm = shaken(D.SkipNet(width=4, skip=2)), shaken(D.UNet(width=8))
+    for f in (dip, lambda v: ddpm(v, t)):
+        whole = f(x).detach()
+        assert (D.tiled(f, x, 64, 96) - whole).abs().max() < 1e-4 * whole.abs().max()
+    if size[1] > 300:                                       # a margin that is too small does show
+        assert (D.tiled(dip, x, 64, 0) - dip(x)).abs().max() > 1e-3
+
+
+def test_crops_of_a_large_photo():
+    """The answer is for all of y, is better than y by R, and R is near the true error."""
+    x = smooth_image(96)[..., :80]
+    y = x + 0.2 * torch.randn(x.shape, generator=D.stream(0, D.OBSERVE))
+    steps = list(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=8, depth=2, stop="holdout",
+                             iters=120, lr=None, hold=0.25))
+    assert [s.k for s in steps] == list(range(1, 121)) and steps[0].best is y
+    looks = [s for s in steps if s.risk == s.risk]
+    assert [s.k for s in looks] == [30, 60, 90, 120] and looks[-1].average.shape == x.shape
+    best = min(looks, key=lambda s: s.risk)
+    assert steps[-1].best_k == best.k and torch.equal(steps[-1].best, best.average)
+    true = ((best.average - x) ** 2).mean().item()
+    assert true < 0.2 ** 2 / 3 and abs(best.risk - true) < 0.2 ** 2 / 4
+    one, two = (list(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1, stop="fixed",
+                                 iters=8, lr=None, hold=0.25, seed=seed))[-1] for seed in (0, 0))
+    assert torch.equal(one.best, two.best) and one.best_k == 8 and math.isnan(one.best_risk)
+
+
+@pytest.mark.parametrize("size", [(402, 403), (20, 9000)])
+@pytest.mark.parametrize("extra", [["--observed", "--task", "denoise"], ["--stop", "fixed"]])
+def test_a_large_photo(tmp_path, size, extra):
+    x = torch.nn.functional.interpolate(smooth_image(), size, mode="bicubic")
+    D.to_image(x + 0.2 * torch.randn(x.shape)).save(tmp_path / "big.png")
+    assert run("fit-dip", "--image", tmp_path / "big.png", "--iters", 8, "--width", 4, "--depth", 2,
+               "--out", tmp_path / "o", *extra) == 0
+    m = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert Image.open(tmp_path / "o" / "result.png").size == size[::-1] and m["iters"] == 8
+    assert (m["risk"] is None) == ("fixed" in extra) and (m["psnr"] is None) == ("denoise" in extra)
+    assert max(Image.open(tmp_path / "o" / "figure.png").size) < 6300
+
+
+def test_evaluate_speed(tmp_path, capsys):
+    assert run("evaluate", "speed", "--quick", "--out", tmp_path) == 0
+    rows = list(csv.DictReader(open(tmp_path / "speed.csv")))
+    product, fits = rows[0], [r for r in rows if "fit-dip" in r["step"]]
+    operations = [float(r["GFLOP/s"]) * float(r["ms"]) / 1e3 for r in rows]
+    assert operations[0] == pytest.approx(2 * 1.024 ** 3) and float(product["ratio"]) == 1
+    assert len(rows) == 7 and len(fits) == 4
+    assert operations[3] == pytest.approx(4 * operations[1], rel=0.05)      # twice the side
+    assert all(float(r["ratio"]) > 0 for r in rows) and "GFLOP/s" in capsys.readouterr().out
+
+
 # ---- long tests: python -m pytest -q -m fuzz
 
 with warnings.catch_warnings():
@@ -1429,6 +1494,28 @@ def test_a_checkpoint_survives_kill_minus_9(tmp_path, priors):
         os.waitpid(pid, 0)
         last = max(last, D.load_state(path)["step"])
     assert last > 0
+
+
+@fuzz
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_killed_rank_ends_the_run_and_leaves_a_whole_checkpoint(tmp_path):
+    D.to_image(smooth_image(40)).save(tmp_path / "a.png")
+    run_ = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", D.__file__, "train",
+         "--data", str(tmp_path), "--steps", "1000000", "--batch", "2", "--patch", "16", "--width", "8",
+         "--device", "cpu", "--out", str(tmp_path / "o")], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    path = tmp_path / "o" / "none.pt"
+    for _ in range(1200):                                   # until the first checkpoint, step 500
+        if path.exists():
+            break
+        time.sleep(0.1)
+    ranks = subprocess.run(["pgrep", "-P", str(run_.pid), "-f", "train"], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    said, _ = run_.communicate(timeout=300)
+    assert run_.returncode not in (0, None) and "SIGKILL" in said.replace("Signal 9", "SIGKILL")
+    assert D.load_state(str(path))["step"] % 500 == 0
+    assert not list((tmp_path / "o").glob("*.tmp"))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
