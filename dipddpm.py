@@ -526,21 +526,21 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Ite
 
 def fit_crops(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Iterator[FitStep]:
     """fit_dip of a large noisy y at a cost that does not grow with it: each step sees 16 new crops;
-    averaged weights run over y in tiles, after each quarter: `average`, `risk`, `best`."""
+    averaged weights run over y in tiles, eight times: `average`, `risk` and so `best`."""
     gen, best, rule, ema = stream(seed, TRAIN), y, StopRule(settings["stop"]), None
     held = HeldOut(y, task, gen, settings["hold"]) if rule.kind == "holdout" else None
     seen, its_task = (held.y, held.task) if held else (y, task)
     settings |= dict(iters=settings["iters"] or 3000, lr=settings["lr"] or 0.003)
     crops = random_patches(seen, 16, 64, gen)
     for step in fit_dip(crops, its_task, seed=seed, **settings | dict(stop="fixed", nets=1)):
-        ema, risk = ema or copy.deepcopy(step.net).eval(), math.nan
+        ema, risk, last = ema or copy.deepcopy(step.net).eval(), math.nan, step.k == step.iters
         for p, q in zip(ema.state_dict().values(), step.net.state_dict().values()):
             p.copy_(p + max(0.01, min(1, 5 / step.k)) * (q - p))
         if step.k == 50:                        # else BatchNorm removes each crop's own contrast:
             step.net.eval()                     # from now on its statistics are fixed
-        if step.k % max(1, step.iters // 4) == 0:
-            risk = held.risk(tiled(ema, held.y)) if held else risk
-            average = sum(turned(tiled(ema, turned(y, g)), -g % 4) for g in range(4)) / 4
+        if step.k % max(1, step.iters // 8) == 0 or last:
+            risk, n = held.risk(tiled(ema, held.y)) if held else risk, 4 if last else 1     # turns
+            average = sum(turned(tiled(ema, turned(y, g)), -g % 4) for g in range(n)) / n
             best = average if rule.update(step.k, average, risk) else best
             step = step._replace(average=average, risk=risk)
         yield step._replace(best=best, best_k=rule.best_k, best_risk=rule.best if held else risk)
