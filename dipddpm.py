@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 Image.MAX_IMAGE_PIXELS = 4 * 10 ** 7        # Pillow refuses pictures of twice as many, as a bomb
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")     # else the bytes depend on memory alignment
+os.environ.setdefault("MKL_CBWR", "AUTO" if "speed" in sys.argv else "COMPATIBLE")   # same bytes
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 DIP_ITERS = (400, 1000)                                 # of fit-dip: without noise, with noise
 BRIEF_ITERS, ADAPT_ITERS, TRAIN_STEPS = 250, 100, 3000  # before a DDPM; from a DDPM; of a prior
@@ -1036,11 +1036,11 @@ def compare_sets(args: Namespace, files: list, arms: list, folder: str):       #
 
 def measure_speed(args: Namespace):
     """A step of each command: ms (median of 20), GFLOP/s, by a matrix product's, peak MB so far."""
-    x, w = (torch.randn(n, 1024, k, k).to(args.device) for n, k in ((1, 32), (1024, 1)))
+    x = torch.randn(1024, 1024).to(args.device)
     state, schedule = new_state(make_parser().parse_args(["train"]), 3, 48), NoiseSchedule()
     net = UNet(**state["config"]["unet"]).to(args.device, memory_format=torch.channels_last)
     photos, gens = torch.randint(0, 256, (1, 3, 64, 64)), [stream(i, SAMPLE) for i in range(4)]
-    jobs = {"1024 x 1024 matrix product": (F.conv2d(x, w).sum().item() for _ in itertools.count())}
+    jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((32, 64) if args.quick else (128, 256), (32, 64)):
         jobs[f"fit-dip --width {width}, {side} x {side}"] = fit_dip(
             torch.rand(1, 3, side, side).to(x), Task("denoise", 0.2), nets=1, width=width)
