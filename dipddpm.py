@@ -856,7 +856,7 @@ def restore(args: Namespace, fits: dict | None = None, arm: str | None = None) -
             spread=127.5 * samples.std(0, correction=0).square().mean().sqrt().item(),
             seconds_ddpm=seconds, trained=prior.trained)
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
-    metrics = vars(args) | more | dict(
+    metrics = more | dict(
         zip(("psnr", "ssim"), quality(image, x)), psnr_observed=quality(seen, x)[0], risk=risk,
         seconds=more["seconds_dip"] + seconds, sigma=task.sigma * 127.5, task=task.name, arm=arm)
     grid = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
@@ -868,7 +868,7 @@ def restore(args: Namespace, fits: dict | None = None, arm: str | None = None) -
         rungs = [list(stages)[i] for i in np.linspace(0, len(stages) - 1, 6).astype(int)]
         files["stages.png"] = figure([(rung, stages[rung][i]) for i in (0, 1) for rung in rungs], x)
     if not (arm and bar.stopped):                           # of evaluate: nothing by halves
-        for name, data in (files | {"metrics.json": metrics}).items():
+        for name, data in (files | {"metrics.json": vars(args) | metrics}).items():
             save(os.path.join(args.out, name), data)
     print(", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if isinstance(v, float)),
           f"-> {os.path.join(args.out, 'result.png')}, figure.png", flush=True)
