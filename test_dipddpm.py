@@ -1346,6 +1346,29 @@ def test_a_large_photo(tmp_path, size, extra):
     assert max(Image.open(tmp_path / "o" / "figure.png").size) < 6300
 
 
+def test_sampling_a_large_photo(tmp_path, priors):
+    x = torch.nn.functional.interpolate(smooth_image(), (402, 403), mode="bicubic")
+    D.to_image(x).save(tmp_path / "big.png")
+    assert run("sample", "--init", "dip", "--task", "denoise:25", "--image", tmp_path / "big.png",
+               "--ckpt", priors / "dip.pt", "--iters", 8, "--width", 4, "--depth", 2, "--steps", 2,
+               "--samples", 1, "--out", tmp_path / "o") == 0
+    m = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert m["nfe"] == 2 and m["iters"] == 8 and m["t0"] >= 1 and m["risk"] > 0
+    assert Image.open(tmp_path / "o" / "sample.png").size == (403, 402)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives():
+    """To 0.5 dB: the draws are the same, the rounding is not, and a fit amplifies it."""
+    x = smooth_image(32)
+    y = x + 0.2 * torch.randn(x.shape, generator=D.stream(0, D.OBSERVE))
+    found = []
+    for device in ("cpu", "cuda"):
+        *_, last = D.fit_dip(y.to(device), D.Task("denoise", sigma=0.2), nets=1, iters=200, width=16)
+        found.append(D.psnr(last.best, x, 2.0))
+    assert abs(found[0] - found[1]) < 0.5
+
+
 def test_evaluate_speed(tmp_path, capsys):
     assert run("evaluate", "speed", "--quick", "--out", tmp_path) == 0
     rows = list(csv.DictReader(open(tmp_path / "speed.csv")))
