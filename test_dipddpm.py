@@ -1227,7 +1227,7 @@ ERRORS = [
     ("fit-dip --image {d}/missing.png", "--image"),
     ("fit-dip --image {d}/text.png", "--image"),
     ("fit-dip --image {d}/cut.jpg", "--image"),
-    ("fit-dip --image {d}", "--image"),
+    ("fit-dip --image {d} --iters 5", "--image"),
     ("fit-dip --image {d}/one.png --task superres:4", "--image"),
     ("fit-dip --image {d}/photo.png --task blur:3", "--task"),
     ("fit-dip --image {d}/photo.png --task denoise:0", "--task"),
