@@ -527,12 +527,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Ite
 def fit_crops(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Iterator[FitStep]:
     """fit_dip of a large noisy y at a cost that does not grow with it: each step sees 16 new crops;
     averaged weights run over y in tiles, eight times: `average`, `risk` and so `best`."""
-    gen, best, rule, ema = stream(seed, TRAIN), y, StopRule(settings["stop"]), None
-    held = HeldOut(y, task, gen, settings["hold"]) if rule.kind == "holdout" else None
-    seen, its_task = (held.y, held.task) if held else (y, task)
-    settings |= dict(iters=settings["iters"] or 3000, lr=settings["lr"] or 0.003)
+    o, gen, best, ema = Settings(**settings), stream(seed, TRAIN), y, None
+    held = HeldOut(y, task, gen, o.hold) if o.stop == "holdout" else None
+    rule, seen, its_task = StopRule(o.stop), *((held.y, held.task) if held else (y, task))
+    settings |= dict(iters=o.iters or 3000, lr=o.lr or 0.003, stop="fixed", nets=1)
     crops = random_patches(seen, 16, 64, gen)
-    for step in fit_dip(crops, its_task, seed=seed, **settings | dict(stop="fixed", nets=1)):
+    for step in fit_dip(crops, its_task, seed=seed, **settings):
         ema, risk, last = ema or copy.deepcopy(step.net).eval(), math.nan, step.k == step.iters
         for p, q in zip(ema.state_dict().values(), step.net.state_dict().values()):
             p.copy_(p + max(0.01, min(1, 5 / step.k)) * (q - p))

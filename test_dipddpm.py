@@ -1331,6 +1331,7 @@ def test_crops_of_a_large_photo():
     one, two = (list(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1, stop="fixed",
                                  iters=8, lr=None, hold=0.25, seed=seed))[-1] for seed in (0, 0))
     assert torch.equal(one.best, two.best) and one.best_k == 8 and math.isnan(one.best_risk)
+    assert next(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1)).iters == 3000
 
 
 @pytest.mark.parametrize("size", [(402, 403), (20, 9000)])
