@@ -1036,15 +1036,15 @@ def compare_sets(args: Namespace, files: list, arms: list, folder: str):       #
 
 def measure_speed(args: Namespace):
     """A step of each command: ms (median of 20), GFLOP/s, by a matrix product's, peak MB so far."""
-    x = torch.randn(1024, 1024).to(args.device)
+    x, mac = torch.randn(1024, 1024).to(args.device), sys.platform == "darwin"
     state, schedule = new_state(make_parser().parse_args(["train"]), 3, 48), NoiseSchedule()
     net = UNet(**state["config"]["unet"]).to(args.device, memory_format=torch.channels_last)
-    photos, gens = torch.randint(0, 256, (1, 3, 64, 64)), [stream(i, SAMPLE) for i in range(4)]
+    images, gens = torch.randint(0, 256, (1, 3, 64, 64)), [stream(i, SAMPLE) for i in range(4)]
     jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((32, 64) if args.quick else (128, 256), (32, 64)):
         jobs[f"fit-dip --width {width}, {side} x {side}"] = fit_dip(
             torch.rand(1, 3, side, side).to(x), Task("denoise", 0.2), nets=1, width=width)
-    jobs["train, 16 x 48 x 48"] = train_ddpm(state, net, copy.deepcopy(net), schedule, photos, 99)
+    jobs["train, 16 x 48 x 48"] = train_ddpm(state, net, copy.deepcopy(net), schedule, images, 99)
     xt, rows = noise((4, 3, 128, 128), gens).to(x), []
     jobs["sample, 4 x 128 x 128"] = (ddim_sample(net, schedule, xt, 9, 1, gens).sum().item()
                                      for _ in itertools.count())
@@ -1056,8 +1056,8 @@ def measure_speed(args: Namespace):
         rows.append({"step": name, "ms": ms, "GFLOP/s": counter.get_total_flops() / ms / 1e6})
         rows[-1]["ratio"] = rows[-1]["GFLOP/s"] / rows[0]["GFLOP/s"]
         with contextlib.suppress(ImportError):                              # Windows has none
-            import resource
-            rows[-1]["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            from resource import RUSAGE_SELF, getrusage                     # a Mac counts bytes
+            rows[-1]["peak MB"] = getrusage(RUSAGE_SELF).ru_maxrss / 2 ** (20 if mac else 10)
         print(*(f"{k} {v:.4g}" if k != "step" else v for k, v in rows[-1].items()), flush=True)
     save(os.path.join(args.out, "speed.csv"), rows)
 

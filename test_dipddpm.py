@@ -640,7 +640,7 @@ def test_gradient_loss_counts_edges(monkeypatch):
 CLEAN = ("clean", "x", "x0", "reference", "target", "ground_truth")
 
 
-@pytest.mark.parametrize("f", [D.fit_dip, D.descend, D.network_io, D.HeldOut.__init__, D.HeldOut.risk,
+@pytest.mark.parametrize("f", [D.fit_dip, D.fit_crops, D.descend, D.network_io, D.HeldOut.__init__, D.HeldOut.risk,
                                D.StopRule.__init__, D.StopRule.update, D.NoiseSchedule.start_t, D.reverse])
 def test_fit_and_stop_have_no_clean_image_parameter(f):
     assert not set(inspect.signature(f).parameters) & set(CLEAN)
