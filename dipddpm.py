@@ -1,8 +1,7 @@
 """Deep Image Prior x DDPM: one file, from the equations to restored photos.
 
 A Deep Image Prior (DIP) is an untrained CNN fitted to one image; a DDPM is a denoiser trained on
-many. One number joins them: the held-out risk R, an estimate of the mean squared error of the
-DIP's output that never sees the clean image. Try fit-dip, then sample --init dip: README.md.
+many. The held-out risk R joins them: the DIP's squared error, estimated without the clean image.
 
 Notation (pixels in [-1, 1], N x C x H x W; t = 0..T, t = 0 is the clean image):
     x, xhat, y       clean image, estimate, observation  y = A x + sigma n
@@ -98,12 +97,12 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < h and pw < w else "replicate")
 
 @torch.no_grad()
-def tiled(f, x: Tensor, side: int = 768, margin: int = 96) -> Tensor:
-    """f(x) in tiles, for bounded memory; each sees `margin` pixels more, as far as networks do."""
+def tiled(f, x: Tensor, *args, side: int = 768, margin: int = 96) -> Tensor:
+    """f(x, *args) in tiles, for bounded memory: with `margin`, as far as the networks look."""
     out = torch.empty_like(x)
     for i, j in itertools.product(*(range(0, n, side) for n in x.shape[2:])):
         a, b = max(i - margin, 0), max(j - margin, 0)
-        tile = f(x[..., a:i + side + margin, b:j + side + margin])[..., i - a:, j - b:]
+        tile = f(x[..., a:i + side + margin, b:j + side + margin], *args)[..., i - a:, j - b:]
         out[..., i:i + side, j:j + side] = tile[..., :side, :side]
     return out
 
@@ -396,9 +395,8 @@ class StopRule:
 
     def update(self, k: int, output: Tensor, risk: float) -> bool:
         """True when `output` of iteration k is the best so far; sets done: patience has run out."""
-        self.score = risk if self.kind == "holdout" else -float(k)
-        if self.kind in ("wmv", "emv"):
-            self.score = self.moving_variance(output.cpu().double())
+        self.score = (self.moving_variance(output.cpu().double()) if "mv" in self.kind else
+                      risk if self.kind == "holdout" else -float(k))
         if better := self.score < self.best or self.best == math.inf:
             self.best, self.best_k = self.score, k
         self.done = k - self.best_k >= self.patience
@@ -437,9 +435,9 @@ def network_io(source, aim, y, task: Task, estimate, fixed, s: float, w: Tensor,
     """(network input, its noise level, target in the domain of y) for a draw w of the noise."""
     if source == "fixed":
         z, level = fixed + torch.randn(fixed.shape, generator=gen).to(y) / 30, 1 / 30
-    elif source == "observed" and task.sigma > 0:
-        z, level = task.project(estimate, y) + s * w, math.hypot(s, task.sigma)              # z1
-    else:                                                   # no noise in y to be told from w
+    elif source == "observed":
+        z, level = task.interpolate(y) + s * w, math.hypot(s, task.sigma)                    # z1
+    else:
         z, level = estimate + s * w, s
     if aim == "conjugate" and task.sigma > 0:
         return z, level, y - task.sigma ** 2 / s * task.forward(w)                           # z2
@@ -447,9 +445,9 @@ def network_io(source, aim, y, task: Task, estimate, fixed, s: float, w: Tensor,
 
 def descend(net, opt, o, y, task: Task, levels: list, k: int, average, gen, fixed, prior):
     """Down the ladder, a step of Adam a level, after k steps; yields FitStep's first fields."""
-    rung = None
     source, aim = (own or usual for own, usual in zip((o.input, o.target), METHODS[o.method]))
-    turns = 8 if aim == "conjugate" and task.sigma > 0 and o.flips else 1
+    source = "estimate" if source == "observed" and not (task.sigma or o.input) else source
+    rung, turns = None, 8 if aim == "conjugate" and task.sigma > 0 and o.flips else 1
     for k, (s, ahead) in enumerate(zip(levels, levels[1:] + [None]), k + 1):
         if s != rung or o.fresh:
             w = torch.randn(average.shape, generator=gen).to(y)
@@ -484,9 +482,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Ite
     o = Settings(**settings)
     adapt, lr, nets = o.method == "adapt", o.lr, o.nets or 1 + (o.method == "staged")
     iters = o.iters or (ADAPT_ITERS if adapt else DIP_ITERS[task.sigma > 0])
-    if o.tail is None:          # other targets overfit there: report.md, "What holding out costs"
-        o.tail = 0.25 if (o.target or METHODS[o.method][1]) == "conjugate" else 0.0
-    gen, channels = stream(seed, FIT), y.shape[1]
+    gen, channels, aim = stream(seed, FIT), y.shape[1], o.target or METHODS[o.method][1]
+    o.tail = 0.25 * (aim == "conjugate") if o.tail is None else o.tail      # others overfit there
     torch.manual_seed(stream(seed, INIT).initial_seed())
     held = HeldOut(y, task, gen, o.hold) if o.stop == "holdout" else None
     total = blind = 0.0             # of the nets before: sum of answers, of those blind to val_y
@@ -524,27 +521,35 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Ite
                     break
         total = total + best
 
+def in_tiles(net, y: Tensor, task: Task, turns: int = 1) -> Tensor:     # the answer of fit_crops
+    z = task.interpolate(y)
+    x = sum(turned(tiled(net, turned(z, g), task.sigma), -g % 4) for g in range(turns)) / turns
+    return x if task.sigma > 0 else task.project(x, y)
+
 def fit_crops(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Iterator[FitStep]:
-    """fit_dip of a large noisy y at a cost that does not grow with it: each step sees 16 new crops;
+    """fit_dip of a large y at a cost that hardly grows with it: each step sees 16 new crops;
     averaged weights run over y in tiles, eight times: `average`, `risk` and so `best`."""
-    o, gen, best, ema = Settings(**settings), stream(seed, TRAIN), y, None
+    o, gen, best, ema = Settings(**settings), stream(seed, TRAIN), task.interpolate(y), None
     held = HeldOut(y, task, gen, o.hold) if o.stop == "holdout" else None
-    rule, seen, its_task = StopRule(o.stop), *((held.y, held.task) if held else (y, task))
-    settings |= dict(iters=o.iters or 3000, lr=o.lr or 0.003, stop="fixed", nets=1)
-    crops = random_patches(seen, 16, 64, gen)
-    for step in fit_dip(crops, its_task, seed=seed, **settings):
-        ema, risk, last = ema or copy.deepcopy(step.net).eval(), math.nan, step.k == step.iters
+    rule, seen, its = StopRule(o.stop), *((held.y, held.task) if held else (y, task))
+    iters, lr = (500, 5e-4) if o.method == "adapt" else (5000 if task.sigma > 0 else 1000, 3e-3)
+    settings |= dict(iters=o.iters or iters, lr=o.lr or lr, stop="fixed", nets=1, input="observed")
+    both = seen if its.mask is None else torch.cat([seen, its.mask], 1)     # are cropped together
+    draw = functools.partial(random_patches, both, 16, 64 // task.scale, gen)
+    part, mask = (crops := draw()).split([y.shape[1], both.shape[1] - y.shape[1]], 1)
+    part_task = replace(its, mask=None if its.mask is None else mask)
+    for step in fit_dip(part, part_task, prior, seed=seed, **settings):
+        ema, last = ema or copy.deepcopy(step.net).eval(), step.k == step.iters
         for p, q in zip(ema.state_dict().values(), step.net.state_dict().values()):
             p.copy_(p + max(0.01, min(1, 5 / step.k)) * (q - p))
-        if step.k == 50:                        # else BatchNorm removes each crop's own contrast:
-            step.net.eval()                     # from now on its statistics are fixed
+        step.net.train(step.k < 50)     # then BatchNorm no longer removes a crop's own contrast
         if step.k % max(1, step.iters // 8) == 0 or last:
-            risk, n = held.risk(tiled(ema, held.y)) if held else risk, 4 if last else 1     # turns
-            average = sum(turned(tiled(ema, turned(y, g)), -g % 4) for g in range(n)) / n
-            best = average if rule.update(step.k, average, risk) else best
-            step = step._replace(average=average, risk=risk)
-        yield step._replace(best=best, best_k=rule.best_k, best_risk=rule.best if held else risk)
-        crops.copy_(random_patches(seen, 16, 64, gen))
+            step = step._replace(average=in_tiles(ema, y, task, 4 if last else 1), risk=held.risk(
+                in_tiles(ema, held.y, its)) if held else math.nan)
+            best = step.average if rule.update(step.k, step.average, step.risk) else best
+        risk = rule.best if held else math.nan
+        yield step._replace(best=best, best_k=rule.best_k, best_risk=risk)
+        crops.copy_(draw())
 
 # ---- 7. Joining the two -----------------------------------------------------------------------
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat, risk: float, y, task: Task) -> Tensor:
@@ -567,7 +572,7 @@ def reverse(prior: Prior, y: Tensor | None, task: Task, start: Tensor, t0: int, 
     u = guide if prior.shift and guide is not None else 0 * start      # x - u diffuses; usually x
     xt = (z - u) * prior.schedule.abar[t0].sqrt().item()             # x_t0 ~ q(x_t0 | x) or xhat
     join = functools.partial(refine_x0, r2=prior.r2, xhat=guide, risk=risk, y=y, task=task)
-    out = u + ddim_sample(lambda x, t: tiled(lambda v: prior.model(v, t), u + x), prior.schedule,
+    out = u + ddim_sample(lambda x, t: tiled(prior.model, u + x, t), prior.schedule,
                           xt, t0, steps, gens, eta, lambda x0, t: join(u + x0, t) - u, wrap)
     return out.mean(1, keepdim=True) if grey else out
 
@@ -731,9 +736,6 @@ class Progress:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---- 10. The observation: a photo degraded here, or one that the user already has -------------
-def from_8bit(sigma: float) -> float:       # a noise level in 8-bit units (25 of 255) to [-1, 1]
-    return 2 * sigma / 255
-
 def observe(args: Namespace, path: str, text: str) -> tuple:
     """(clean x or None, observation y, Task) of one photo; tensors 1 x C x h x w, args.device."""
     name, _, number = text.partition(":")
@@ -760,8 +762,8 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
     if name == "denoise":                       # what is told, or known, or estimated
         told = value if args.told is None else args.told
         n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
-        y = y + from_8bit(value or 0) * (x is not None) * n
-        task.sigma = from_8bit(told) if told else estimate_sigma(y)
+        y = y + (value or 0) / 127.5 * (x is not None) * n       # 25 of 255 in [-1, 1]
+        task.sigma = told / 127.5 if told else estimate_sigma(y)
         if not task.sigma >= 1e-4 or (value is None and x is not None):
             fail("--task: the noise level is not known; give it in 8-bit units, as in denoise:25")
         task.name = f"denoise:{value or task.sigma * 127.5:.3g}"
@@ -770,8 +772,8 @@ def observe(args: Namespace, path: str, text: str) -> tuple:
 # ---- 11. The commands -------------------------------------------------------------------------
 def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, fits: dict | None) -> tuple:
     """fit_dip; only the log sees x. fits: of evaluate, all to this y; then other rules look on."""
-    large = (args.method == "staged" and task.sigma > 0 and y[0, 0].numel() > 400 ** 2
-             and args.stop in ("holdout", "fixed") and not args.input)
+    large = (y[0, 0].numel() * task.scale ** 2 > (400 if task.sigma > 0 else 800) ** 2
+             and args.method in ("staged", "adapt") and "mv" not in args.stop and not args.input)
     if args.input == "fixed" and args.method == "adapt":
         fail("--input: a trained DDPM cannot denoise the fixed z; adapt needs observed or estimate")
     settings = {name: getattr(args, name) for name, *_ in SETTINGS} | dict(seed=args.seed)
@@ -789,7 +791,7 @@ def run_fit(args: Namespace, y: Tensor, task: Task, x: Tensor | None, fits: dict
                 rule.answer = last
         if last.ends or last.k % 10 == 0:
             level, (p, q) = last.s * 127.5, quality(last.average, x, last.ends)
-            aim = quality(task.forward(last.output), last.target, last.ends)[1]
+            aim = None if large else quality(task.forward(last.output), last.target, last.ends)[1]
             rows.append(dict(iter=last.k, seconds=bar.seconds, noise=level, risk=last.risk, psnr=p,
                              ssim=q, newest=quality(last.output, x, False)[0], ssim_target=aim,
                              psnr_risk=in_db(last.risk), psnr_target=in_db(last.mse)))
@@ -839,7 +841,7 @@ def restore(args: Namespace, fits: dict | None = None, arm: str | None = None) -
     image, samples, middle, seconds = dip, dip, time.monotonic(), 0.0
     if args.init:
         how = dict(eta=args.eta, samples=args.samples, seed=args.seed, wrap=bar.over)
-        guess = max(task.sigma, from_8bit(25)) ** 2 if risk is None else risk
+        guess = max(task.sigma, 25 / 127.5) ** 2 if risk is None else risk
         start = seen if dip is None else dip
         t0 = prior.schedule.T if args.init == "noise" else args.start
         t0 = min(t0 or prior.schedule.start_t(guess), prior.t_max)
@@ -1039,14 +1041,13 @@ def measure_speed(args: Namespace):
     x, mac = torch.randn(1024, 1024).to(args.device), sys.platform == "darwin"
     state, schedule = new_state(make_parser().parse_args(["train"]), 3, 48), NoiseSchedule()
     net = UNet(**state["config"]["unet"]).to(args.device, memory_format=torch.channels_last)
-    images, gens = torch.randint(0, 256, (1, 3, 64, 64)), [stream(i, SAMPLE) for i in range(4)]
     jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((32, 64) if args.quick else (128, 256), (32, 64)):
         jobs[f"fit-dip --width {width}, {side} x {side}"] = fit_dip(
             torch.rand(1, 3, side, side).to(x), Task("denoise", 0.2), nets=1, width=width)
-    jobs["train, 16 x 48 x 48"] = train_ddpm(state, net, copy.deepcopy(net), schedule, images, 99)
-    xt, rows = noise((4, 3, 128, 128), gens).to(x), []
-    jobs["sample, 4 x 128 x 128"] = (ddim_sample(net, schedule, xt, 9, 1, gens).sum().item()
+    xt, rows = torch.randn(4, 3, 128, 128).to(x), []
+    jobs["train, 16 x 48 x 48"] = train_ddpm(state, net, copy.deepcopy(net), schedule, xt, 99)
+    jobs["sample, 4 x 128 x 128"] = (ddim_sample(net, schedule, xt, 9, 1, []).sum().item()
                                      for _ in itertools.count())
     for name, steps in jobs.items():
         with FlopCounterMode(display=False) as counter:
@@ -1072,9 +1073,8 @@ def cmd_evaluate(args: Namespace):
         tasks, text = (a or b for a, b in zip((args.task, args.arms), SUITES[name]))
         arms = list(dict.fromkeys(" ".join(a.split()) for p in text.split(";") for a in expand(p)))
         for arm in arms:                                    # a bad one ends it now
-            if arm.split(" ")[0] not in ("fit-dip", "sample"):
+            if arm.split(" ")[0] not in BOTH.split() or not make_parser().parse_args(arm.split()):
                 fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
-            make_parser().parse_args(arm.split())
         banner(args, f"{name}: {len(files)} photos x {tasks} x {args.seeds} seeds")
         folder = os.path.join(args.out, name + "".join(shared))
         own = args.seeds * (name == "generation")           # a seed for each photo: other noise

@@ -1308,11 +1308,11 @@ def test_tiles_have_no_seams(size):
     torch.manual_seed(0)
     x, t = torch.randn(1, 3, *size), torch.tensor([7])
     dip, ddpm = shaken(D.SkipNet(width=4, skip=2)), shaken(D.UNet(width=8))
-    for f in (dip, lambda v: ddpm(v, t)):
-        whole = f(x).detach()
-        assert (D.tiled(f, x, 64, 96) - whole).abs().max() < 1e-4 * whole.abs().max()
+    for f, *more in ((dip,), (ddpm, t)):
+        whole = f(x, *more).detach()
+        assert (D.tiled(f, x, *more, side=64, margin=96) - whole).abs().max() < 1e-4 * whole.abs().max()
     if size[1] > 300:                                       # a margin that is too small does show
-        assert (D.tiled(dip, x, 64, 0) - dip(x)).abs().max() > 1e-3
+        assert (D.tiled(dip, x, side=64, margin=0) - dip(x)).abs().max() > 1e-3
 
 
 def test_crops_of_a_large_photo():
@@ -1331,7 +1331,39 @@ def test_crops_of_a_large_photo():
     one, two = (list(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1, stop="fixed",
                                  iters=8, lr=None, hold=0.25, seed=seed))[-1] for seed in (0, 0))
     assert torch.equal(one.best, two.best) and one.best_k == 8 and math.isnan(one.best_risk)
-    assert next(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1)).iters == 3000
+    assert next(D.fit_crops(y, D.Task("denoise", sigma=0.2), width=4, depth=1)).iters == 5000
+
+
+@pytest.mark.parametrize("name, scale", [("inpaint", 1), ("superres", 4)])
+def test_crops_without_noise(name, scale):
+    """Known pixels stay as they are, R is right where it looks, and no crop sees what is held out."""
+    x = smooth_image(96)
+    known = (torch.rand(1, 1, 96, 96, generator=D.stream(0, D.OBSERVE)) > 0.5).float()
+    task = D.Task(name, 0.0, scale, known if scale == 1 else None)
+    y = task.forward(x)
+    settings = dict(width=8, depth=2, stop="holdout", iters=80, lr=None, hold=0.25)
+    last = list(D.fit_crops(y, task, **settings))[-1]
+    assert torch.allclose(task.forward(last.best), y, atol=1e-5) and last.best.shape == x.shape
+    held = D.HeldOut(y, task, D.stream(0, D.TRAIN))
+    assert 0 < last.best_risk < held.risk(0 * x)
+    assert ((last.best - x) ** 2).mean() < ((task.pinv(y) - x) ** 2).mean()
+    other = y.clone()
+    other[held.val_task.mask.expand_as(y) > 0] = 1.0        # another picture where it is held out
+    pair = [next(D.fit_crops(v, task, **settings)).output for v in (y, other)]
+    assert torch.equal(*pair)
+
+
+def test_a_large_photo_by_a_trained_ddpm_and_without_noise(tmp_path, priors):
+    x = torch.nn.functional.interpolate(smooth_image(), (816, 824), mode="bicubic")
+    D.to_image(x).save(tmp_path / "big.png")
+    for n, words in enumerate((["fit-dip", "--task", "denoise:25", "--method", "adapt", "--size", 408],
+                               ["fit-dip", "--task", "inpaint:0.5"],
+                               ["sample", "--init", "dip", "--task", "superres:4", "--steps", 2])):
+        more = ["--ckpt", priors / "dip.pt"] if n != 1 else ["--depth", 2]
+        assert run(*words, "--image", tmp_path / "big.png", "--iters", 2, "--width", 4, *more,
+                   "--out", tmp_path / f"{n}") == 0
+        m = json.loads((tmp_path / f"{n}" / "metrics.json").read_text())
+        assert m["iters"] == 2 and m["risk"] is not None and m["psnr"] > 0
 
 
 @pytest.mark.parametrize("size", [(402, 403), (20, 9000)])
