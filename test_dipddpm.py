@@ -1358,7 +1358,8 @@ def test_a_large_photo_by_a_trained_ddpm_and_without_noise(tmp_path, priors):
     D.to_image(x).save(tmp_path / "big.png")
     for n, words in enumerate((["fit-dip", "--task", "denoise:25", "--method", "adapt", "--size", 408],
                                ["fit-dip", "--task", "inpaint:0.5"],
-                               ["sample", "--init", "dip", "--task", "superres:4", "--steps", 2])):
+                               ["sample", "--init", "dip", "--task", "superres:4", "--steps", 1,
+                                "--samples", 1])):
         more = ["--ckpt", priors / "dip.pt"] if n != 1 else ["--depth", 2]
         assert run(*words, "--image", tmp_path / "big.png", "--iters", 2, "--width", 4, *more,
                    "--out", tmp_path / f"{n}") == 0
