@@ -483,7 +483,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, **settings) -> abc.Ite
     adapt, lr, nets = o.method == "adapt", o.lr, o.nets or 1 + (o.method == "staged")
     iters = o.iters or (ADAPT_ITERS if adapt else DIP_ITERS[task.sigma > 0])
     gen, channels, aim = stream(seed, FIT), y.shape[1], o.target or METHODS[o.method][1]
-    o.tail = 0.25 * (aim == "conjugate") if o.tail is None else o.tail      # others overfit there
+    o.tail = 0.25 * (aim == "conjugate") if o.tail is None else o.tail      # others overfit then
     torch.manual_seed(stream(seed, INIT).initial_seed())
     held = HeldOut(y, task, gen, o.hold) if o.stop == "holdout" else None
     total = blind = 0.0             # of the nets before: sum of answers, of those blind to val_y
