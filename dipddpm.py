@@ -513,28 +513,30 @@ class Settings:
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
-    values = dict(zip(("input", "target"), METHODS[o.method]), nets=1, rungs=30, high=3.0, crop=0)
-    if o.method == "staged":
+    values = dict(nets=1, rungs=30, high=3.0, tail=0.0, crop=0, optimiser="adam", lr=0.01)
+    values["input"], values["target"] = METHODS[o.method]
+    if o.method == "staged" and noisy:
         values.update(iters=250, nets=2, optimiser="muon", lr=0.05, tail=0.25)
+    elif o.method == "staged" and task.scale == 1:
+        values.update(iters=200, nets=2, optimiser="muon", lr=0.05, input="estimate")
+    elif o.method == "staged":          # Muon at any rate is 0.7 dB below Adam here
+        values.update(iters=400, nets=2, input="estimate")
+    elif o.method == "adapt" and noisy:
+        values.update(iters=100, lr=1e-4, tail=0.25)
     elif o.method == "adapt":
-        values.update(iters=100, optimiser="adam", lr=1e-4, tail=0.25)
+        values.update(iters=100, lr=5e-4, high=1.0, input="estimate")
     else:
-        values.update(iters=1000, optimiser="adam", lr=0.01)
-    if o.method == "staged" and not noisy:
-        values.update(iters=150, input="estimate")
-    if o.method == "adapt" and not noisy:
-        values.update(lr=5e-4, high=1.0, input="estimate")
+        values.update(iters=1000)
     if brief:
-        values.update(iters=60, nets=1)
+        values.update(iters=values["iters"] // 2, nets=1)
     if o.method in ("staged", "adapt") and y[0, 0].numel() * task.scale ** 2 > WHOLE_PIXELS:
         values.update(iters=1000, nets=1, rungs=8, crop=64, tail=0.0)
     if o.stop in ("wmv", "emv"):
         values.update(rungs=o.iters or values["iters"])         # these rules look at every step
-    if o.stop != "holdout" or not noisy or o.target in ("plain", "noisy"):
+    if o.stop != "holdout" or o.target in ("plain", "noisy"):
         values.update(tail=0.0)                                 # other targets overfit in a tail
-    if o.optimiser == "adam":
-        values.update(lr=0.01)
-    values.setdefault("tail", 0.0)
+    if o.optimiser is not None:
+        values.update(lr=0.05 if o.optimiser == "muon" else 0.01)
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
     return replace(o, rungs=min(o.rungs, o.iters))
 
@@ -609,6 +611,7 @@ class Stage:
     target: Tensor                  # in the domain of y
     mse: float                      # of the output to the target
     average: Tensor                 # the running mean of the outputs: the estimate
+    seconds: float                  # that all networks so far have taken
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
     answer: Tensor | None = None    # the best estimate so far, meaned with the networks before
     stop_step: int = 0              # the step at which it was found, and its held-out risk R
@@ -616,10 +619,10 @@ class Stage:
 
 class Fit:
     """One network on its way down the ladder, and all that changes as it learns."""
-    def __init__(self, o: Settings, y: Tensor, task: Task, gen: torch.Generator, prior, tick, done: int):
+    def __init__(self, o: Settings, y: Tensor, task: Task, gen: torch.Generator, prior, tick, done):
         self.o, self.gen, self.prior, self.tick = o, gen, prior, tick
-        self.done = done            # steps of the networks before, and of this one
         self.step = 0
+        self.steps_before, self.seconds = done      # of the networks before
         channels = y.shape[1]
         self.z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen).to(y) / 10
         if o.method == "adapt":
@@ -640,6 +643,7 @@ class Fit:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
         for a, steps in rungs:                                          # the most noise first
+            begin = time.monotonic()
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
             for step in range(steps):
                 part, seen, view = base, y, task
@@ -663,7 +667,10 @@ class Fit:
                 average = self.look(y, task, average)
             average = task.keep_known(average, y)
             mse = view.mse(output, target).item()
-            yield Stage(self.done + self.step, level, z, output.detach(), target, mse, average)
+            self.seconds += time.monotonic() - begin
+            output = output.detach()
+            step = self.steps_before + self.step
+            yield Stage(step, level, z, output, target, mse, average, self.seconds)
 
     def random_turn(self, task: Task) -> int:
         """Theorem 3 holds for every turn of the conjugate pair; other targets are not turned."""
@@ -739,7 +746,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     answers, blind = [], []     # of each network: its answer, and its estimate before the tail
-    done = 0
+    done = (0, 0.0)             # steps and seconds
     for n in range(o.nets):
         if o.method == "adapt" and n > 0:
             o = complete(replace(given, method="staged"), task, y)      # a DDPM, then hourglasses
@@ -768,16 +775,19 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
         fit.judged.load_state_dict(weights)
         answer = best.average
         if o.crop:
+            begin = time.monotonic()
             answer = fit.look(y, task, answer, turns=4)
+            fit.seconds += time.monotonic() - begin
         end = math.ceil((index + 1) / (1 - o.tail))
         for tail in fit.descend(y, task, rungs[index + 1:end], answer):
             answer = tail.average
             yield replace(tail, stop_step=stage.stop_step, risk=stage.risk, answer=stage.answer)
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
-        done += fit.step
-        risk = judge(mean_image(blind)) if judge else math.nan
-        final = replace(stage, step=done, average=answers[-1], scores={}, risk=risk)
+        done = (fit.steps_before + fit.step, fit.seconds)
+        if judge is not None:
+            stage.risk = judge(mean_image(blind))
+        final = replace(stage, step=done[0], seconds=done[1], average=answers[-1], scores={})
         yield replace(final, answer=mean_image(answers))
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
@@ -1093,10 +1103,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{second:02d}" if minutes else f"{second} s"
 
 class Progress:
-    """How far a loop is: one line that is rewritten in a terminal, a line now and then in a log.
-
-    seconds are those since the start, but for what lies between pause() and resume().
-    """
+    """How far a loop is: one line that is rewritten in a terminal, a line now and then in a log."""
     def __init__(self, total: int, what: str):
         self.total, self.what, self.text = total, what, ""
         self.count, self.seconds, self.shown = 0, 0.0, 0.0
@@ -1105,10 +1112,9 @@ class Progress:
 
     def step(self):
         self.count += 1
-        self.pause()
-        ended = self.count == self.total
+        self.seconds = time.monotonic() - self.begin
         wait = 0.3 if self.terminal else 10 + self.shown / 2
-        if self.seconds < self.shown + wait and not (ended and self.terminal):
+        if self.seconds < self.shown + wait and not (self.terminal and self.count == self.total):
             return
         self.shown = self.seconds
         left = clock((self.total - self.count) * self.seconds / self.count)
@@ -1116,16 +1122,9 @@ class Progress:
         line = f"{self.what} {self.count}/{self.total}  {rate:.1f}/s  {left} left  {self.text}"
         if self.terminal:
             columns = shutil.get_terminal_size().columns - 1
-            say("\r" + line[:columns].ljust(columns), end="\n" if ended else "")
+            say("\r" + line[:columns].ljust(columns), end="\n" * (self.count == self.total))
         else:
             say(line)
-
-    def pause(self) -> float:
-        self.seconds = time.monotonic() - self.begin
-        return self.seconds
-
-    def resume(self):
-        self.begin = time.monotonic() - self.seconds
 
 # ---- 9. The commands ----------------------------------------------------------------------------
 
@@ -1144,23 +1143,25 @@ def given(args, kind) -> dict:
     values = {f.name: getattr(args, f.name, None) for f in fields(kind)}
     return {name: value for name, value in values.items() if value is not None}
 
-def banner(args, text: str, net: nn.Module | None = None):
+def banner(args, text: str, net: nn.Module):
     """Say what was chosen, before the work begins."""
-    if net is not None:
-        text += f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
-    say(f"{args.command}: {text} | {args.device.type}, {torch.get_num_threads()} threads, "
-        f"seed {args.seed} -> {args.out}")
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    say(f"{args.command}: {text} | {size:.2f} M parameters, {args.device.type}, "
+        f"{torch.get_num_threads()} threads, seed {args.seed} -> {args.out}")
 
 def parse_task(text: str) -> tuple:
     """'denoise:25' as ('denoise', 25.0); None stands for a number that is left out."""
-    name, _, number = text.partition(":")
-    try:
-        value = float(number) if number else None
-    except ValueError:
-        value = math.nan
-    fits = {"denoise": value is None or 0 < value <= 255, "superres": value in (2, 3, 4, 6, 8),
-            "inpaint": value is None or 0 < value <= 1}
-    return (name, value) if fits.get(name) else fail(f"--task: {text!r} is none of {TASKS}")
+    found = re.fullmatch(r"(denoise|inpaint|superres)(?::(\d*\.?\d+))?", text)
+    if found:
+        name, number = found.groups()
+        if number is None and name != "superres":
+            return name, None
+        value = float(number or 0)
+        limits = {"denoise": 0 < value <= 255, "inpaint": 0 < value <= 1,
+                  "superres": value in (2, 3, 4, 6, 8)}
+        if limits[name]:
+            return name, value
+    return fail(f"--task: {text!r} is none of {TASKS}")
 
 def centre(x: Tensor, size: list) -> Tensor:
     """The centre of a picture, of a given height and width."""
@@ -1171,11 +1172,14 @@ def observe(args) -> tuple:
     """(clean x or None, observation y, Task) of args.image; tensors are 1 x C x h x w."""
     name, value = parse_task(args.task)
     image = load_image(args.image).to(args.device)
-    task = Task(args.task, scale=int(value) if name == "superres" else 1)
+    task = Task(args.task)
+    if name == "superres":
+        task.scale = int(value)
     unit = 1 if args.observed else task.scale
     size = [min(n, args.size or n) // unit * unit for n in image.shape[2:]]
     if min(size) == 0:
         fail(f"--image: {args.image} is too small for {args.task}: it needs {unit} pixels a side")
+    x = centre(image, size)
     if args.mask:
         mask = load_image(args.mask, "--mask").to(image)
         if mask.shape[2:] != image.shape[2:]:
@@ -1188,21 +1192,23 @@ def observe(args) -> tuple:
             fail("--mask: inpaint needs a picture of the photo's size, white = known pixels")
         lots = torch.rand((1, 1, *size), generator=stream(args.seed, OBSERVE))
         task.mask = (lots >= value).to(image)
-        if not task.mask.any() and not (args.command == "sample" and args.init == "noise"):
+        if not task.mask.any() and args.init != "noise":
             fail("--task: no pixel is known; give a smaller share, as in inpaint:0.8")
-    x = centre(image, size)
-    y = x if args.observed else task.forward(x)
+    if args.observed:
+        y, x = x, None
+    else:
+        y = task.forward(x)
     if name == "denoise":
-        if value is None and not args.observed:
+        if x is not None and value is None:
             fail("--task: say how much noise, as in denoise:25; or --observed, for a noisy photo")
-        if not args.observed:
+        if x is not None:               # noise that is neither clipped nor rounded
             n = torch.randn(y.shape, generator=stream(args.seed, OBSERVE)).to(y)
-            y = y + value / 127.5 * n                       # neither clipped nor rounded
+            y = y + value / 127.5 * n
         told = value if args.told is None else args.told
         task.sigma = told / 127.5 if told else estimate_sigma(y)
         if not task.sigma >= 1e-4:
             fail("--task: no noise is found; give its level in 8-bit units, as in denoise:25")
-    return None if args.observed else x, y, task
+    return x, y, task
 
 def fingerprint(args) -> dict:
     """The contents of the files that decide a result: of the photo, the mask, and the prior."""
@@ -1218,54 +1224,56 @@ def fingerprint(args) -> dict:
 
 def finish(args, x, y: Tensor, task: Task, image: Tensor, panels: list, chart, metrics: dict):
     """Write what fit-dip and sample write, and say in words what came out."""
-    given_as = y if task.mask is None else torch.where(task.mask > 0, y, -1.0)      # holes are black
-    given_as = F.interpolate(given_as, scale_factor=float(task.scale))
-    panels = [("given", given_as), *panels] + ([] if x is None else [("clean", x)])
-    notes = ["" if x is None else f"{psnr(v.clamp(-1, 1), x, 2.0):.2f} dB" for _, v in panels]
-    page = figure([(title, v, note) for (title, v), note in zip(panels, notes)])
+    if task.mask is not None:           # the figure shows what was given: holes are black
+        y = torch.where(task.mask > 0, y, -1.0)
+    panels = [("given", F.interpolate(y, scale_factor=float(task.scale))), *panels]
     metrics["psnr"], metrics["ssim"] = quality(image, x)
     metrics["psnr_observed"], _ = quality(task.interpolate(y), x)
+    text = f"restored in {clock(metrics['seconds'])}"
+    notes = [""] * len(panels)
+    if x is not None:
+        notes = [f"{psnr(v.clamp(-1, 1), x, 2.0):.2f} dB" for _, v in panels] + [""]
+        panels.append(("clean", x))
+        text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
+    page = figure([(title, v, note) for (title, v), note in zip(panels, notes)])
     metrics.update(task=task.name, sigma=task.sigma * 127.5, image=args.image, seed=args.seed,
                    command=args.argv, files=fingerprint(args))
     for name, value in (("result.png", to_image(image)), ("figure.png", page), ("curves.png", chart),
                         ("metrics.json", metrics)):
         save(os.path.join(args.out, name), value)
-    text = f"restored in {clock(metrics['seconds'])}"
-    if x is not None:
-        text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     say(f"{text} -> {os.path.join(args.out, 'figure.png')}")
     if metrics["interrupted"]:
         say("interrupted: this is the best so far; the same command begins anew")
         raise KeyboardInterrupt
 
 def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
-    """Fit a DIP: (its last Stage, rows of log.csv, pictures of the stages, metrics).
+    """Fit a DIP: (its last Stage, rows of log.csv, frames of its stages, metrics).
 
     Only the log sees the clean x. Ctrl-C leaves the best so far, if there is one.
     """
     o = complete(Settings(**given(args, Settings)), task, y, brief=args.command == "sample")
     bar = Progress(o.iters * o.nets, "DIP")
-    rows, pictures, interrupted = [], [], False
+    rows, frames, interrupted = [], [], False
     try:
         for stage in fit_dip(y, task, prior, seed=args.seed, tick=bar.step, **asdict(o)):
-            seconds = bar.pause()                           # the clock is for the fit alone
             noise = stage.level * 127.5
             bar.text = f"noise {noise:.0f}"
-            rows.append(dict(step=stage.step, seconds=seconds, noise=noise, **stage.scores))
-            rows[-1]["psnr"], rows[-1]["ssim"] = quality(stage.average, x)
-            rows[-1]["psnr_newest"], _ = quality(stage.output, x)
-            rows[-1]["psnr_target"] = in_db(stage.mse)
-            rows[-1]["psnr_risk"] = in_db(stage.scores.get("holdout", 0.0))
+            row = dict(step=stage.step, seconds=stage.seconds, noise=noise, **stage.scores)
+            row["psnr"], row["ssim"] = quality(stage.average, x)
+            row["psnr_newest"], _ = quality(stage.output, x)
+            row["psnr_target"] = in_db(stage.mse)
+            row["psnr_risk"] = in_db(stage.scores.get("holdout", -1.0))
+            rows.append(row)
             if stage.input.shape == stage.average.shape:
-                pictures.append((noise, stage.input, stage.average))
-            bar.resume()
+                frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
+                               ("estimate", stage.average, "")])
     except KeyboardInterrupt:
         if not rows:
             say("interrupted before the first stage: there is nothing to keep")
             raise
         interrupted = True
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk,
-                   seconds=rows[-1]["seconds"], interrupted=interrupted)
+                   seconds=stage.seconds, interrupted=interrupted)
     # What each rule takes from the path of the first network; the oracle sees the clean image.
     path = [row for row in rows if "fixed" in row and row["step"] <= o.iters]
     if x is not None:
@@ -1274,51 +1282,50 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             if rule in path[-1]:
                 index, _ = stop_at([row[rule] for row in path], PATIENCE)
                 metrics[f"psnr_{rule}"] = path[index]["psnr"]
-    return stage, rows, pictures, metrics
+    return stage, rows, frames, metrics
 
 def fit_one(args):
     """fit-dip of one photo."""
     x, y, task = observe(args)
-    prior = load_prior(args, y.shape[1]) if args.method in ("adapt", "guide") else None
-    banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {args.method}", prior)
-    stage, rows, pictures, metrics = run_fit(args, y, task, x, prior)
-    labels = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
-              "psnr_target": "to the target of the stage"}
-    curves = [Curve(label, [row["step"] for row in rows], [row[name] for row in rows])
-              for name, label in labels.items()]
+    prior = None
+    if args.method in ("adapt", "guide"):
+        prior = load_prior(args, y.shape[1])
+    text = f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {args.method}"
+    banner(args, text, prior or SkipNet(width=args.width or 32, depth=args.depth or 4))
+    stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
+    curves = []
+    for name, label in (("psnr", "to the clean photo"), ("psnr_risk", "estimated from R, without it"),
+                        ("psnr_target", "to the target of the stage")):
+        curves.append(Curve(label, [row["step"] for row in rows], [row[name] for row in rows]))
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB",
                  marks=[(stage.stop_step, "stop")])
     save(os.path.join(args.out, "log.csv"), rows)
-    frames = []
-    for noise, seen, average in pictures:
-        frames.append([(f"seen: noise {noise:.0f}", seen, ""), ("estimate", average, "")])
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         save(os.path.join(args.out, "stages.png"), figure([f[0] for f in six] + [f[1] for f in six]))
-        save_gif(os.path.join(args.out, "ladder.gif"), [figure(f) for f in frames], 150)
+        save_gif(os.path.join(args.out, "ladder.gif"), [figure(frame) for frame in frames], 150)
     finish(args, x, y, task, stage.answer, [("restored", stage.answer)], chart, metrics)
 
 class ReversePath:
-    """What the reverse process passes through: the newest x_0, a row for each call, the clock."""
-    def __init__(self, x: Tensor | None, channels: int, steps: int):
-        self.x, self.channels = x, channels
-        self.x0 = None
-        self.rows = []
+    """What the reverse process passes through: the newest x_0, and a row for each call."""
+    def __init__(self, x: Tensor | None, steps: int):
+        self.x, self.x0, self.rows = x, None, []
         self.bar = Progress(steps, "DDPM")
 
     def watch(self, x0: Tensor):
         self.bar.step()
-        self.x0 = x0.mean(dim=1, keepdim=True) if self.channels == 1 else x0
-        row = dict(call=self.bar.count, seconds=self.bar.pause())
-        row["mean"], _ = quality(self.x0.mean(dim=0, keepdim=True), self.x)
-        row["first"], _ = quality(self.x0[:1], self.x)
+        self.x0 = x0
+        row = dict(call=self.bar.count, seconds=self.bar.seconds, mean=None)
+        if self.x is not None:
+            mean = x0.mean(dim=0, keepdim=True).clamp(-1, 1)
+            row["mean"] = psnr(mean, self.x.expand_as(mean), 2.0)
         self.rows.append(row)
-        self.bar.resume()
 
 def sample_one(args):
     """sample: reverse diffusion from noise, from the observation, or from a DIP of it."""
-    if args.image is None:              # a grid: nothing is known of the picture
-        x, y, task = None, torch.zeros(1, 3, args.size, args.size, device=args.device), Task("none")
+    if args.image is None:              # nothing is known of the picture
+        x, task = None, Task("none", mask=torch.zeros(1, 1, args.size, args.size))
+        y = torch.zeros(1, 3, args.size, args.size, device=args.device)
         task.mask = torch.zeros_like(y[:, :1])
     else:
         x, y, task = observe(args)
@@ -1333,8 +1340,10 @@ def sample_one(args):
         start = stage.answer
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        risk = risk if math.isnan(stage.risk) else stage.risk
-        join = {} if args.no_guide else dict(xhat=start, risk=risk)
+        if not math.isnan(stage.risk):
+            risk = stage.risk
+        if not args.no_guide:
+            join = dict(xhat=start, risk=risk)
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # a noisy y was the start, or the DIP's: not used twice
     if args.init == "noise":
@@ -1344,30 +1353,29 @@ def sample_one(args):
         t0 = args.start or min(prior.schedule.start_t(risk), prior.t_max)
         known = task.sigma if args.init == "observed" else 0.0
         xt = noised(prior.schedule, start, t0, gens, known)
-    path = ReversePath(x, y.shape[1], min(args.steps, t0))
+    path = ReversePath(x, min(args.steps, t0))
     try:
         samples = reverse(prior, task, xt, t0, gens, steps=args.steps, eta=args.eta,
                           watch=path.watch, **join)
     except KeyboardInterrupt:
         if path.x0 is None:
             raise
-        samples = path.x0
+        samples = path.x0[:, :y.shape[1]]
         metrics["interrupted"] = True
     image = samples.mean(dim=0, keepdim=True)
     panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
     if args.image is None:
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
         image = samples[:1]
-    scores = [quality(v[None], x)[0] for v in samples]
+        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
+    metrics["psnr_sample"] = None
+    if x is not None:
+        metrics["psnr_sample"] = sum(quality(v[None], x)[0] for v in samples) / len(samples)
     spread = samples.std(dim=0, correction=0).square().mean().sqrt().item() * 127.5
-    dip, ddpm = metrics["seconds"], path.rows[-1]["seconds"]
-    metrics.update(psnr_mean=quality(image, x)[0], psnr_sample=None if x is None else np.mean(scores),
-                   spread=spread, t0=t0, nfe=path.bar.count, seconds_dip=dip, seconds_ddpm=ddpm,
-                   seconds=dip + ddpm)
-    calls = [row["call"] for row in path.rows]
-    curves = [Curve(f"{name} of the samples", calls, [row[name] for row in path.rows])
-              for name in ("mean", "first")]
-    chart = plot(curves, "PSNR of the predicted x_0", "network calls", "dB")
+    dip, ddpm = metrics["seconds"], path.bar.seconds
+    metrics.update(psnr_mean=quality(image, x)[0], spread=spread, t0=t0, nfe=path.bar.count,
+                   seconds_dip=dip, seconds_ddpm=ddpm, seconds=dip + ddpm)
+    curve = Curve("mean of the samples", *([row[c] for row in path.rows] for c in ("call", "mean")))
+    chart = plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
     save(os.path.join(args.out, "log.csv"), path.rows)
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
     finish(args, x, y, task, image, panels, chart, metrics)
@@ -1385,13 +1393,15 @@ def each_photo(args, one) -> int:
             one(argparse.Namespace(**{**vars(args), "image": path, "out": out}))
         except SystemExit:
             bad.append(path)
-    return fail(f"--image: not restored, see above: {', '.join(bad)}") if bad else 0
+    if bad:
+        fail(f"--image: not restored, see above: {', '.join(bad)}")
+    return 0
 
 # The prior: where it comes from, and how it is trained.
 
 def prior_path(args) -> str:
     """A start from noise needs a prior of all t, all else one of t <= t_max."""
-    kind = "none" if args.command == "sample" and args.init == "noise" else "dip"
+    kind = "none" if args.init == "noise" else "dip"
     return args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
 
 def read_checkpoint(path: str, flag: str) -> dict:
@@ -1409,14 +1419,12 @@ def load_prior(args, channels: int) -> Prior:
     if not args.ckpt and not os.path.exists(path):
         train_default_prior(args, path)
     prior = Prior(read_checkpoint(path, "--ckpt"))
-    start = getattr(args, "start", None) or 0
-    if args.command == "sample" and args.init == "noise":
-        start = prior.schedule.T
-    if prior.channels < channels and args.image is not None:
+    if args.image and prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
-    if start > prior.t_max:
-        flag = "--start" if args.init != "noise" else "--ckpt"
-        fail(f"{flag}: {path} knows t <= {prior.t_max} only; give a smaller start, or another prior")
+    if args.init == "noise" and prior.t_max < prior.schedule.T:
+        fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
+    if args.start is not None and args.start > prior.t_max:
+        fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
 
 def train_default_prior(args, path: str):
@@ -1426,14 +1434,15 @@ def train_default_prior(args, path: str):
     if ranks()[1] > 1:
         fail(f"--ckpt: there is no {path}; train it first: dipddpm.py train --prior {name[:-3]}")
     say(f"there is no prior yet: {path} is trained on images/train, once")
+    if os.path.exists(os.path.join(folder, name)):
+        command.append("--resume")
     lock = os.path.join(folder, "busy")
     try:
         os.makedirs(lock)
     except FileExistsError:
         fail(f"--ckpt: another process trains {path}; wait for it, or, if none does, remove {lock}")
     try:
-        resume = ["--resume"] if os.path.exists(os.path.join(folder, name)) else []
-        if main(command + resume) != 0:
+        if main(command) != 0:
             raise KeyboardInterrupt
         os.replace(os.path.join(folder, name), path)
     finally:
@@ -1447,7 +1456,8 @@ def load_data(path: str) -> list:
         return [((v.expand(channels, -1, -1) + 1) * 127.5).round().byte() for v in images]
     try:
         data = np.load(path)
-        data = data if isinstance(data, np.ndarray) else data[data.files[0]]
+        if not isinstance(data, np.ndarray):
+            data = data[data.files[0]]
         if data.dtype != np.uint8 or data.shape[3:] not in ((), (1,), (3,)) or data.size == 0:
             raise ValueError(f"it holds {data.dtype} of {data.shape}")
     except Exception as error:                  # numpy, too
@@ -1483,11 +1493,13 @@ def new_checkpoint(args, images: list) -> dict:
 def resumed(args, path: str, images: list) -> dict:
     """The checkpoint of a run to go on with; what it began with cannot be changed."""
     state = read_checkpoint(path, "--resume")
-    for name, value in given(args, Training).items():
-        if value != state["config"][name]:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag}: the run began with {state['config'][name]}; leave the flag out, or train anew")
-    if len(images[0]) != state["config"]["unet"]["channels"]:
+    began = state["config"]
+    wanted = given(args, Training) | dict(seed=args.seed)
+    for name, value in wanted.items():
+        if value != began[name]:
+            flag = name.replace("_", "-")
+            fail(f"--{flag}: the run began with {began[name]}; give that, or train anew")
+    if len(images[0]) != began["unet"]["channels"]:
         fail("--data: the run began with another number of channels; give such pictures")
     return state
 
@@ -1499,8 +1511,10 @@ def cmd_train(args) -> int:
     state = resumed(args, path, images) if args.resume else new_checkpoint(args, images)
     config, rows = state["config"], state["log"]
     images = [image for image in images if min(image.shape[1:]) >= config["patch"]]
-    if not images or config["batch"] < world:
-        fail("--batch, --data: fewer patches than processes, or no picture as large as a patch")
+    if not images:
+        fail(f"--data: no picture has {config['patch']} pixels a side; give larger ones")
+    if config["batch"] < world:
+        fail(f"--batch: {world} processes share a batch; give {world} or more")
     net = UNet(**config["unet"]).to(args.device, memory_format=torch.channels_last)
     net.load_state_dict(state["model"])
     ema = copy.deepcopy(net)
@@ -1517,13 +1531,13 @@ def cmd_train(args) -> int:
     try:
         for t, losses in train_ddpm(state, net, ema, images, args.steps, rank, world):
             bar.step()
-            bar.text = f"loss {losses.mean().item():.3f}"
-            if not torch.isfinite(losses).all():
+            loss = losses.mean().item()
+            bar.text = f"loss {loss:.3f}"
+            if not math.isfinite(loss):
                 fail(f"--lr: the loss is not finite at step {state['step']}; lower it, train anew")
-            if state["step"] % 50 == 0 or state["step"] == args.steps:
-                seconds = before + bar.seconds
-                rows.append(dict(step=state["step"], seconds=seconds, loss=losses.mean().item()))
-            if state["step"] % 500 == 0 and rank == 0:
+            if state["step"] % 20 == 0 or state["step"] == args.steps:
+                rows.append(dict(step=state["step"], seconds=before + bar.seconds, loss=loss))
+            if state["step"] % 200 == 0 and rank == 0:
                 save(path, state)
     except KeyboardInterrupt:
         code = 130
@@ -1537,14 +1551,16 @@ def cmd_train(args) -> int:
 
 def save_training(args, state: dict, seconds: float):
     """log.csv, metrics.json, and curves.png: the loss against time, and by t."""
-    rows, loss = state["log"], state["eps_loss"][1:state["config"]["t_max"] + 1].tolist()
+    rows = state["log"]
+    loss = state["eps_loss"][1:state["config"]["t_max"] + 1].tolist()
     by_time = Curve("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
-    pages = [plot([by_time], "Loss against time", "seconds", "mean of (eps_theta - eps)^2", ylog=True),
-             plot([Curve("running mean", list(range(1, len(loss) + 1)), loss)], "Loss by t", "t",
-                  "mean of (eps_theta - eps)^2", ylog=True)]
-    page = Image.new("RGB", (1800, pages[0].height), "white")
-    page.paste(pages[0], (0, 0))
-    page.paste(pages[1], (900, 0))
+    by_t = Curve("running mean", list(range(1, len(loss) + 1)), loss)
+    label = "mean of (eps_theta - eps)^2"
+    above = plot([by_time], "Loss against time", "seconds", label, ylog=True)
+    below = plot([by_t], "Loss by t", "t", label, ylog=True)
+    page = Image.new("RGB", (900, 2 * above.height), "white")
+    page.paste(above, (0, 0))
+    page.paste(below, (0, above.height))
     save(os.path.join(args.out, "curves.png"), page)
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
@@ -1556,7 +1572,7 @@ FREE = ("--task inpaint:0.8", "--task superres:4")
 CLASSIC = "--method dip --stop wmv --iters 1800"
 SUITES = {
     "stopping": [f"fit-dip {task} {how}".strip() for task in ("--task denoise:25", *FREE) for how in (
-        "", "--nets 1", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon --lr 0.05",
+        "", "--nets 1", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon",
         "--method targets", "--method selfdiff", "--method adapt", "--method guide")],
     "init": [f"{how} {task}" for task in FREE for how in (
         "sample --init dip", "sample --init dip --iters 30", "sample --init dip --iters 120",
@@ -1628,7 +1644,7 @@ def suite_arms(args) -> list:
         if arm.split()[0] not in ("fit-dip", "sample"):
             fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
         parse(arm.split())
-    return arms
+    return list(dict.fromkeys(arms))
 
 def compare_sets(args, paths: dict):
     """How the pictures of each arm differ, as a set, from those in --held: sets.csv."""
@@ -1654,14 +1670,13 @@ def quick_flags(args, arm: str) -> list:
     flags = ["--size", "32"]
     if arm.startswith("fit-dip") or "--init dip" in arm:
         flags += ["--iters", "6"]
-    if "--ckpt" not in arm:
-        kind = "none" if "--init noise" in arm else "dip"
-        folder = os.path.join(args.out, "prior")
-        flags += ["--ckpt", os.path.join(folder, f"{kind}.pt")]
-        if not os.path.exists(flags[-1]):
-            train = ["train", "--prior", kind, "--steps", "2", "--width", "8", "--batch", "2"]
-            main([*train, "--out", folder])
-    return flags
+    kind = "none" if "--init noise" in arm else "dip"
+    folder = os.path.join(args.out, "prior")
+    path = os.path.join(folder, f"{kind}.pt")
+    if not os.path.exists(path):
+        train = ["train", "--prior", kind, "--steps", "2", "--width", "8", "--batch", "2"]
+        main([*train, "--out", folder])
+    return [*flags, "--ckpt", path]
 
 def cmd_evaluate(args) -> int:
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
@@ -1767,6 +1782,7 @@ def fill_defaults(args):
     """Every default of fit-dip and sample that depends on other flags."""
     args.method = args.method or "staged"
     if args.command == "fit-dip":
+        args.init = args.start = None
         args.task = args.task or "denoise:25"
     elif args.init == "noise" and args.image is None and args.task is None:       # a grid
         args.size, args.samples = args.size or 64, args.samples or 16
