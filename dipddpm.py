@@ -59,6 +59,9 @@ def setting(default, help: str, allowed):
     return field(default=default, metadata=dict(help=help, allowed=allowed))
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) --------------------------------
+# Noise is added to an image in T small steps; their sum has a closed form, so that x_t is drawn in
+# one. Divided by sqrt(abar_t) it is x_0 + sigma_t eps: a photo with white noise of level sigma is
+# itself such an x_t, at the t where sigma_t = sigma. That is the hinge between the two methods.
 
 class NoiseSchedule:
     """betas, abar and sigma for t = 0..T: float64, T + 1 of each; at t = 0 there is no noise.
@@ -90,7 +93,7 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, torch.float32).view(-1, 1, 1, 1)
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_0) (Ho et al. eq. 4). x0, eps: N x C x H x W; t: int64 of length N."""
+    """Draw x_t from q(x_t | x_0) (Ho et al. eq. 4). x0, eps: N x C x H x W; t: N of int64."""
     abar = schedule.abar[t.cpu()]
     return per_image(abar.sqrt(), x0) * x0 + per_image((1 - abar).sqrt(), x0) * eps
 
@@ -100,6 +103,8 @@ def predict_x0(schedule: NoiseSchedule, xt: Tensor, t: Tensor, eps: Tensor) -> T
     return (xt - per_image((1 - abar).sqrt(), xt) * eps) / per_image(abar.sqrt(), xt)
 
 # ---- 2. The two networks ------------------------------------------------------------------------
+# Both are hourglasses with skip connections. The DIP's sees one image and no other: what it can
+# draw quickly is all that it knows. The DDPM's is told the time t, and sees many images.
 
 def pad_to(x: Tensor, multiple: int) -> Tensor:
     """Pad the right and the bottom to a multiple, and to two multiples at least."""
@@ -216,6 +221,9 @@ def tiled(network, x: Tensor, *more, side: int = 768, margin: int = 96) -> Tenso
     return out
 
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
+# The clean image x is seen through A, which hides pixels or averages them, and through noise. The
+# end of the section splits an observation in two: one part to fit, one to judge the fit by. That
+# judgement, R, is the only thing that the rest of the file knows of the error of an estimate.
 
 @dataclass
 class Task:
@@ -227,17 +235,15 @@ class Task:
     name: str
     sigma: float = 0.0              # standard deviation of the noise, in units of [-1, 1]
     scale: int = 1                  # s, the side of the blocks that are averaged
-    mask: Tensor | None = None      # 1 x 1 x h x w, or one for each image: 1 known, 0 missing
+    mask: Tensor = torch.tensor(1.0)    # 1 known, 0 missing: 1 x 1 x h x w, or 1.0 for all
 
     def forward(self, x: Tensor) -> Tensor:
         """A x: N x C x H x W to N x C x H/s x W/s."""
-        x = F.avg_pool2d(x, self.scale) if self.scale > 1 else x
-        return x if self.mask is None else x * self.mask
+        return F.avg_pool2d(x, self.scale) * self.mask
 
     def pinv(self, y: Tensor) -> Tensor:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
-        y = y if self.mask is None else y * self.mask
-        return F.interpolate(y, scale_factor=float(self.scale)) if self.scale > 1 else y
+        return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
@@ -245,19 +251,18 @@ class Task:
 
     def keep_known(self, x: Tensor, y: Tensor) -> Tensor:
         """What was given without noise comes back as it was given."""
-        return x if self.sigma > 0 else self.project(x, y)
+        if self.sigma > 0:
+            return x
+        return self.project(x, y)
 
     def mse(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of (A x - y)^2 over the known pixels."""
-        error = ((self.forward(x) - y) ** 2).mean()
-        return error if self.mask is None else error / self.mask.mean().clamp(min=1e-9)
+        return ((self.forward(x) - y) ** 2).mean() / self.mask.mean().clamp(min=1e-9)
 
     def interpolate(self, y: Tensor) -> Tensor:
         """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement."""
-        y = y if self.mask is None else fill_holes(y, self.mask)
-        if self.scale > 1:
-            y = F.interpolate(y, scale_factor=float(self.scale), mode="bicubic")
-        return y
+        y = fill_holes(y, self.mask)
+        return F.interpolate(y, scale_factor=float(self.scale), mode="bicubic")
 
 def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     """The missing pixels from the mean of the known ones around them, coarse to fine."""
@@ -269,7 +274,7 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, y, F.interpolate(coarse, y.shape[-2:], mode="bilinear"))
 
 def estimate_sigma(y: Tensor) -> float:
-    """The level of white noise in y, from its finest diagonal Haar band (Donoho, Johnstone 1994)."""
+    """The level of white noise in y: its finest diagonal Haar band (Donoho, Johnstone 1994)."""
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     rows = y[..., ::2, :] - y[..., 1::2, :]
     band = (rows[..., ::2] - rows[..., 1::2]) / 2
@@ -287,12 +292,14 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
         floor = task.sigma ** 2 + (w ** 2).mean().item() / a ** 2
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
-    known = torch.ones_like(y[:1, :1]) if task.mask is None else task.mask
+    known = task.mask.to(y).expand(1, 1, *y.shape[2:])
     count = max(1, round(0.1 * known.sum().item()))
     side = max(1, min(hole_side(known), int(count ** 0.5)))
-    squares = torch.rand([1, 1, *(-(-n // side) for n in y.shape[2:])], generator=gen).to(y)
-    lots = F.interpolate(squares, scale_factor=float(side))[..., :y.shape[2], :y.shape[3]] * known
-    judges = (lots >= lots.flatten().topk(count).values[-1]) * known
+    rows, columns = math.ceil(y.shape[2] / side), math.ceil(y.shape[3] / side)
+    squares = torch.rand((1, 1, rows, columns), generator=gen).to(y)
+    lots = F.interpolate(squares, scale_factor=float(side))
+    lots = (lots[..., :y.shape[2], :y.shape[3]] + 1e-3) * known
+    judges = (lots >= lots.flatten().topk(count).values[-1]).to(y)
     seen = known - judges
     judge = partial(held_out_risk, replace(task, mask=judges), y * judges, 0.0)
     return y * seen, replace(task, mask=seen), judge
@@ -314,6 +321,8 @@ def hole_side(mask: Tensor) -> int:
     return max(1, 6 * int(depth) - 5)
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
+# Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
+# at a time. To run it: `dipddpm.py train`, then `dipddpm.py sample` for pictures from noise alone.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `new_checkpoint`.
@@ -337,9 +346,12 @@ class Prior(nn.Module):
         """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma."""
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
-        xt = self.schedule.abar[t].sqrt().item() * z.expand(-1, self.channels, -1, -1)
+        z3 = z.expand(-1, self.channels, -1, -1)            # grey is three equal channels
+        xt = self.schedule.abar[t].sqrt().item() * z3
         x0 = predict_x0(self.schedule, xt, ts, self.model(xt, ts))
-        return x0.mean(dim=1, keepdim=True) if z.shape[1] == 1 else x0
+        if z.shape[1] == 1:
+            return x0.mean(dim=1, keepdim=True)
+        return x0
 
 def orthogonalise(g: Tensor) -> Tensor:
     """A batch of matrices g = U S V' to about U V', by five Newton-Schulz steps x -> p x.
@@ -443,7 +455,8 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
 
 def noise_like(x: Tensor, gens: list) -> Tensor:
     """N(0, I) in the shape of x. Image i takes gens[i] alone: it is the same in any batch."""
-    return torch.stack([torch.randn(x.shape[1:], generator=gen) for gen in gens]).to(x)
+    images = [torch.randn(x.shape[1:], generator=gen) for gen in gens]
+    return torch.stack(images).to(x)
 
 def p_sample_loop(model, schedule: NoiseSchedule, xt: Tensor, t: int, gens: list) -> Tensor:
     """Ho et al. Algorithm 2, from time t: DDIM with all steps and eta 1 (Prop. 1 of report.md)."""
@@ -464,7 +477,7 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
         x0 = predict_x0(schedule, xt, ts, model(xt, ts))
         x0 = x0 if refine is None else refine(x0, now)
         eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-        # Song et al.: eq. 16 gives the fresh noise, which is 0 at the last step, and eq. 12 the step.
+        # Song et al.: eq. 16 gives the fresh noise, 0 at the last step, and eq. 12 the step.
         fresh = eta * math.sqrt((1 - abar_then) / (1 - abar) * (1 - abar / abar_then))
         xt = math.sqrt(abar_then) * x0 + math.sqrt(max(0, 1 - abar_then - fresh ** 2)) * eps
         if fresh > 0:
@@ -472,6 +485,11 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
     return x0
 
 # ---- 5. The staged fit: a DIP with DDPM-like supervision ----------------------------------------
+# Lesson 2. Each step draws noise w and makes two images of the noisy photo: z1 = y + a w for the
+# network to see, z2 = y - w / a to compare with. Given x their errors are independent (Lemma 2), so
+# a network cannot learn the noise of one from the other: on the average it learns x. The ladder
+# lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
+# What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -575,14 +593,14 @@ def noisy_target(o: Settings, y: Tensor, a: float, w: Tensor, task: Task) -> Ten
         return y - w / a                                    # given x, independent of z1
     return y + a * task.forward(w) if o.target == "noisy" else y
 
-def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: float, prior) -> Tensor:
-    """The mean square of A output - target over known pixels, and what loss and guide add to it."""
+def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: float, prior):
+    """The mean square of A output - target over known pixels, and what loss and guide add."""
     loss = task.mse(output, target)
     if o.loss == "gradient":                                # perceptual: edges at three scales
         for scale in (1, 2, 4):
             error = F.avg_pool2d(task.forward(output) - target, scale, ceil_mode=True)
-            edges = (error.diff(dim=2) ** 2).sum() + (error.diff(dim=3) ** 2).sum()
-            loss = loss + edges / error.numel()
+            for dim in (2, 3):
+                loss = loss + (error.diff(dim=dim) ** 2).sum() / error.numel()
     if o.method == "guide":                                 # RED-diff, Mardani et al. 2024
         with torch.no_grad():
             denoised = prior(output + level * torch.randn_like(output), level)
@@ -594,11 +612,10 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
 def random_crops(base: Tensor, y: Tensor, task: Task, side: int, gen: torch.Generator) -> tuple:
     """16 crops at the same places of base (side x side), of y, and of the mask in the task."""
     blocks = F.pixel_unshuffle(base, task.scale)            # a block of base on each pixel of y
-    layers = [y, blocks] if task.mask is None else [y, blocks, task.mask]
-    layers = torch.cat(layers, dim=1)
+    mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
+    layers = torch.cat([y, mask, blocks], dim=1)
     crops = random_patches(layers, 16, min(side // task.scale, *y.shape[2:]), gen)
-    y, blocks, mask = crops.tensor_split([y.shape[1], y.shape[1] + blocks.shape[1]], dim=1)
-    mask = mask if task.mask is not None else None
+    y, mask, blocks = crops.split([y.shape[1], 1, blocks.shape[1]], dim=1)
     return F.pixel_shuffle(blocks, task.scale), y, replace(task, mask=mask)
 
 @dataclass
@@ -624,7 +641,8 @@ class Fit:
         self.step = 0
         self.steps_before, self.seconds = done      # of the networks before
         channels = y.shape[1]
-        self.z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen).to(y) / 10
+        size = task.pinv(y).shape[2:]
+        self.z = torch.rand((1, 32, *size), generator=gen).to(y) / 10
         if o.method == "adapt":
             net = copy.deepcopy(prior)
         elif o.input == "fixed":
@@ -663,14 +681,38 @@ class Fit:
                 else:
                     average = average.lerp(output.detach(), rate)
                 self.tick()
+            self.seconds += time.monotonic() - begin
             if o.crop:
                 average = self.look(y, task, average)
             average = task.keep_known(average, y)
             mse = view.mse(output, target).item()
-            self.seconds += time.monotonic() - begin
             output = output.detach()
             step = self.steps_before + self.step
             yield Stage(step, level, z, output, target, mse, average, self.seconds)
+
+    def watch(self, stages: Iterator[Stage], judge) -> Iterator[Stage]:
+        """Score each stage, and keep the best one, its rung and its weights, until patience ends.
+
+        judge(average) -> R, or None: then nothing is held out.
+        """
+        o = self.o
+        variance, scores = MovingVariance(), []
+        for stage in stages:
+            stage.scores = {"fixed": -stage.step}
+            if judge is not None:
+                stage.scores["holdout"] = judge(stage.average)
+            if not o.crop:
+                stage.scores.update(variance.update(stage.output))
+            scores.append(stage.scores[o.stop])
+            self.best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
+            if self.best_rung == len(scores) - 1:
+                self.best = stage
+                self.weights = copy.deepcopy(self.judged.state_dict())
+            stage.stop_step = self.best.step
+            stage.risk = self.best.scores.get("holdout", math.nan)
+            yield stage
+            if ended:
+                break
 
     def random_turn(self, task: Task) -> int:
         """Theorem 3 holds for every turn of the conjugate pair; other targets are not turned."""
@@ -679,7 +721,7 @@ class Fit:
         return 0
 
     def learn(self, loss: Tensor):
-        """One step of the optimisers; rates rise over the first 50 steps, Muon's fall to a tenth."""
+        """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
         self.step += 1
         self.net.zero_grad()
         loss.backward()
@@ -690,9 +732,14 @@ class Fit:
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int = 1) -> Tensor:
         """The averaged network's estimate of a large photo, tile by tile, in 1 or 4 turns."""
-        average = task.interpolate(y) if self.o.input == "observed" else average
+        begin = time.monotonic()
+        if self.o.input == "observed":
+            average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
-        views = [turned_back(tiled(self.judged, turned(average, g), level), g) for g in range(turns)]
+        views = []
+        for g in range(turns):
+            views.append(turned_back(tiled(self.judged, turned(average, g), level), g))
+        self.seconds += time.monotonic() - begin
         return task.keep_known(mean_image(views), y)
 
 class MovingVariance:
@@ -745,6 +792,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
     seen, seen_task, judge = y, task, None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
+    first_guess = seen_task.interpolate(seen)
     answers, blind = [], []     # of each network: its answer, and its estimate before the tail
     done = (0, 0.0)             # steps and seconds
     for n in range(o.nets):
@@ -753,44 +801,31 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
         fit = Fit(o, y, task, gen, prior, tick, done)
         rungs = ladder(o)
         watched = rungs[:max(1, round((1 - o.tail) * len(rungs)))]
-        variance, scores = MovingVariance(), []
-        for stage in fit.descend(seen, seen_task, watched, seen_task.interpolate(seen)):
-            stage.scores = {"fixed": -stage.step}
-            if judge is not None:
-                stage.scores["holdout"] = judge(stage.average)
-            if not o.crop:
-                stage.scores.update(variance.update(stage.output))
-            scores.append(stage.scores[o.stop])
-            index, ended = stop_at(scores, max(1, PATIENCE * len(rungs) // o.iters))
-            if index == len(scores) - 1:
-                best = stage
-                weights = copy.deepcopy(fit.judged.state_dict())
-            stage.stop_step = best.step
-            stage.risk = best.scores.get("holdout", math.nan)
-            stage.answer = mean_image(answers or [task.keep_known(best.average, y)])
+        for stage in fit.watch(fit.descend(seen, seen_task, watched, first_guess), judge):
+            stage.answer = mean_image(answers or [task.keep_known(fit.best.average, y)])
             yield stage
-            if ended:
-                break
         # The tail, from the best stage on, sees all of y. On crops it is a look in four turns.
-        fit.judged.load_state_dict(weights)
-        answer = best.average
+        fit.judged.load_state_dict(fit.weights)
+        answer = fit.best.average
         if o.crop:
-            begin = time.monotonic()
             answer = fit.look(y, task, answer, turns=4)
-            fit.seconds += time.monotonic() - begin
-        end = math.ceil((index + 1) / (1 - o.tail))
-        for tail in fit.descend(y, task, rungs[index + 1:end], answer):
+        end = math.ceil((fit.best_rung + 1) / (1 - o.tail))
+        for tail in fit.descend(y, task, rungs[fit.best_rung + 1:end], answer):
             answer = tail.average
             yield replace(tail, stop_step=stage.stop_step, risk=stage.risk, answer=stage.answer)
         answers.append(task.keep_known(answer, y))
-        blind.append(best.average)
+        blind.append(fit.best.average)
         done = (fit.steps_before + fit.step, fit.seconds)
         if judge is not None:
             stage.risk = judge(mean_image(blind))
-        final = replace(stage, step=done[0], seconds=done[1], average=answers[-1], scores={})
-        yield replace(final, answer=mean_image(answers))
+        stage = replace(stage, step=done[0], seconds=done[1], scores={}, average=answers[-1])
+        yield replace(stage, answer=mean_image(answers))
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
+# Lesson 3. The DDPM begins at the DIP's estimate, at the t0 whose noise hides the error of that
+# estimate, and needs some ten calls in place of hundreds. At each the two are averaged by
+# precision. A DIP that underfits is wrong where it knows least, and there no t0 helps: the gain
+# over the same seconds of DIP alone is small. To run it: `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -836,7 +871,8 @@ def in_db(mse: float, data_range: float = 2.0) -> float:
 
 def psnr(a: Tensor, b: Tensor, data_range: float) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images."""
-    return in_db(((a.cpu().double() - b.cpu().double()) ** 2).mean().item(), data_range)
+    error = a.cpu().double() - b.cpu().double()
+    return in_db((error ** 2).mean().item(), data_range)
 
 def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """Structural similarity (Wang et al. 2004) of N x C x H x W, H and W >= 11 (else ValueError).
@@ -845,8 +881,10 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
-    a, b = a.cpu().double().flatten(0, 1)[:, None], b.cpu().double().flatten(0, 1)[:, None]
-    window = torch.exp(-torch.arange(-5, 6, dtype=a.dtype) ** 2 / (2 * 1.5 ** 2))
+    a = a.cpu().double().flatten(0, 1)[:, None]
+    b = b.cpu().double().flatten(0, 1)[:, None]
+    offsets = torch.arange(-5, 6, dtype=a.dtype)
+    window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
     window = window / window.sum()
     maps = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), window.view(1, 1, 11, 1))
     mean_a, mean_b, aa, bb, ab = F.conv2d(maps, window.view(1, 1, 1, 11)).chunk(5)
@@ -860,7 +898,9 @@ def quality(xhat: Tensor | None, x: Tensor | None) -> tuple:
     if x is None or xhat is None or x.shape != xhat.shape:
         return None, None
     xhat = xhat.clamp(-1, 1)
-    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0) if min(x.shape[-2:]) > 10 else None
+    if min(x.shape[-2:]) < 11:
+        return psnr(xhat, x, 2.0), None
+    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0)
 
 @torch.no_grad()
 def features(x: Tensor, network=None) -> Tensor:
@@ -876,8 +916,9 @@ def features(x: Tensor, network=None) -> Tensor:
     return F.adaptive_avg_pool2d(x, 2).flatten(1).double()
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Distance of the Gaussians fitted to two sets of N x D features (Heusel et al. 2017, eq. 6)."""
-    cov_a, cov_b = (v.T.cov(correction=min(1, len(v) - 1)) for v in (a, b))
+    """Distance of the Gaussians fitted to two sets of features, N x D (Heusel et al. 2017)."""
+    cov_a = a.T.cov(correction=min(1, len(a) - 1))
+    cov_b = b.T.cov(correction=min(1, len(b) - 1))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -887,12 +928,15 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def recall_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
     """Recall (Kynkaanniemi et al. 2019): the share of real within the k-th neighbours' balls of
     fake. Coverage (Naeem et al. 2020): the share of real balls that hold a fake."""
-    radii = [torch.cdist(v, v).sort(dim=1).values[:, :k + 1][:, -1] for v in (real, fake)]
+    radius_real = torch.cdist(real, real).sort(dim=1).values[:, :k + 1][:, -1]
+    radius_fake = torch.cdist(fake, fake).sort(dim=1).values[:, :k + 1][:, -1]
     distance = torch.cdist(real, fake)
-    recall = (distance < radii[1]).any(dim=1).double().mean().item()
-    return recall, (distance < radii[0][:, None]).any(dim=1).double().mean().item()
+    recall = (distance < radius_fake).any(dim=1)
+    coverage = (distance < radius_real[:, None]).any(dim=1)
+    return recall.double().mean().item(), coverage.double().mean().item()
 
 # ---- 8. Files, pictures, plots, progress --------------------------------------------------------
+# Here the lecture ends, and the program around it begins.
 
 NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}      # drawings, films, data
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -902,7 +946,8 @@ def say(text: str, end: str = "\n", to: str = "stdout"):
     file = getattr(sys, to)
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file, flush=True)
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(text, end=end, file=file, flush=True)
     except OSError:                     # The reader has gone: the work goes on, unheard.
         setattr(sys, to, open(os.devnull, "w"))
 
@@ -917,8 +962,11 @@ def strict(value):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
-    value = value.tolist() if isinstance(value, (Tensor, np.generic)) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, (Tensor, np.generic)):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 def save(path: str, value):
     """Write all of a file or nothing: a picture, bytes, a checkpoint, rows (.csv), or JSON."""
@@ -961,7 +1009,8 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB") if image.mode in ("P", "RGBA") else image
+    if image.mode in ("P", "RGBA"):
+        image = image.convert("RGB")
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError):          # A broken profile changes nothing.
             srgb = ImageCms.createProfile("sRGB")
@@ -982,11 +1031,14 @@ def load_image(path: str, flag: str = "--image") -> Tensor:
         reason = str(error).strip()[:100]
         fail(f"{flag}: cannot read {path} ({reason}); give a whole PNG, JPEG or other picture")
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() * 2 - 1
-    return x[:, :1] if torch.equal(x, x[:, :1].expand_as(x)) else x
+    if torch.equal(x, x[:, :1].expand_as(x)):
+        return x[:, :1]
+    return x
 
 def to_image(x: Tensor) -> Image.Image:
     """1 x C x H x W in [-1, 1] as a picture of 8 bits: rounded, then clamped."""
-    pixels = ((x[0].detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).byte()
+    pixels = (x[0].detach().cpu().float() + 1) * 127.5
+    pixels = pixels.round().clamp(0, 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
 
 def find_photos(folder: str, flag: str) -> list:
@@ -998,7 +1050,9 @@ def find_photos(folder: str, flag: str) -> list:
         if "metrics.json" not in files:
             found += [os.path.join(place, name) for name in files if name.lower().endswith(endings)]
         folders[:] = [name for name in folders if name != "runs" and name[0] != "."]
-    return sorted(found) or fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
+    if not found:
+        fail(f"{flag}: no pictures in {folder}; name a folder of PNG or JPEG files")
+    return sorted(found)
 
 def figure(panels: list, columns: int = 6) -> Image.Image:
     """A page of panels (title, 1 x C x H x W, note): the title stands above, the note below."""
@@ -1044,7 +1098,9 @@ def on_axis(values: list, log: bool) -> np.ndarray:
 def axis_ticks(arrays: list, log: bool) -> tuple:
     """((low, high), the places of the ticks, their labels) of an axis that holds all of arrays."""
     values = np.concatenate([[0.0], *arrays])[1:]
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0.0, 1.0])
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        values = np.array([0.0, 1.0])
     room = 0.04 * np.ptp(values) or 0.5
     low, high = values.min() - room, values.max() + room
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
@@ -1055,44 +1111,56 @@ def axis_ticks(arrays: list, log: bool) -> tuple:
         powers = range(math.floor(low), math.ceil(high))
         places = [power + math.log10(factor) for power in powers for factor in factors]
         places = [place for place in places if low <= place <= high]
-    return (low, high), places, [f"{10 ** v if log else round(v, 9):.4g}" for v in places]
+        return (low, high), places, [f"{10 ** place:.4g}" for place in places]
+    return (low, high), places, [f"{round(place, 9):.6g}" for place in places]
+
+def draw_axes(draw, x_axis: tuple, y_axis: tuple, font):
+    """The grid of a plot and its labels; x_axis, y_axis: (places in pixels, labels, ends)."""
+    xs, x_names, (left, right) = x_axis
+    ys, y_names, (bottom, top) = y_axis
+    for x, name in zip(xs, x_names):
+        draw.line((x, top, x, bottom), "#d8d8d8", 2)
+        draw.text((x, bottom + 12), name, "black", font, "ma")
+    for y, name in zip(ys, y_names):
+        draw.line((left, y, right, y), "#d8d8d8", 2)
+        draw.text((left - 12, y), name, "black", font, "rm")
 
 def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=False, marks=()):
     """Curves as a picture of 900 pixels, the legend below; it is drawn twice as large.
 
     marks: pairs (x, text), each a vertical line with its text above.
     """
-    xs, ys = [on_axis(c.x, xlog) for c in curves], [on_axis(c.y, ylog) for c in curves]
+    xs = [on_axis(curve.x, xlog) for curve in curves]
+    ys = [on_axis(curve.y, ylog) for curve in curves]
     lines = on_axis([x for x, _ in marks], xlog)
-    x_span, x_places, x_names = axis_ticks([*xs, lines], xlog)
-    y_span, y_places, y_names = axis_ticks(ys, ylog)
+    x_span, x_ticks, x_names = axis_ticks([*xs, lines], xlog)
+    y_span, y_ticks, y_names = axis_ticks(ys, ylog)
     font = ImageFont.load_default(28)
     page = Image.new("RGB", (1800, 1020 + 44 * len(curves)), "white")
     draw = ImageDraw.Draw(page)
-    across, down = (60 + max(font.getlength(name) for name in y_names), 1740), (900, 150)
+    across = (60 + max(font.getlength(name) for name in y_names), 1740)
+    down = (900, 150)
     draw.text((30, 20), title, "black", ImageFont.load_default(34))
     draw.text((30, 90), ylabel, "dimgrey", font)
     draw.text((900, 954), xlabel, "dimgrey", font, "ma")
-    for x, name in zip(np.interp(x_places, x_span, across), x_names):
-        draw.line((x, down[1], x, down[0]), "#d8d8d8", 2)
-        draw.text((x, down[0] + 12), name, "black", font, "ma")
-    for y, name in zip(np.interp(y_places, y_span, down), y_names):
-        draw.line((across[0], y, across[1], y), "#d8d8d8", 2)
-        draw.text((across[0] - 12, y), name, "black", font, "rm")
+    x_axis = (np.interp(x_ticks, x_span, across), x_names, across)
+    draw_axes(draw, x_axis, (np.interp(y_ticks, y_span, down), y_names, down), font)
     for x, (_, text) in zip(np.interp(lines, x_span, across), marks):
         draw.line((x, down[1], x, down[0]), "dimgrey", 3)
         draw.text((x, down[1] - 8), text, "dimgrey", font, "md")
     for index, curve in enumerate(curves):
         color = COLORS[index % len(COLORS)]
-        places = list(zip(np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)))
+        x_places = np.interp(xs[index], x_span, across)
+        places = list(zip(x_places, np.interp(ys[index], y_span, down)))
         for before, place in zip([places[0], *places], places):
             if curve.points and not np.isnan(place).any():
                 draw.circle(place, 9, color)
             elif not np.isnan([before, place]).any():
                 draw.line((*before, *place), color, 6)
                 draw.circle(place, 3, color)
-        draw.line((60, 1026 + 44 * index, 150, 1026 + 44 * index), color, 8)
-        draw.text((170, 1026 + 44 * index), curve.label, "black", font, "lm")
+        y = 1026 + 44 * index
+        draw.line((60, y, 150, y), color, 8)
+        draw.text((170, y), curve.label, "black", font, "lm")
     return page.reduce(2)
 
 def clock(seconds: float) -> str:
@@ -1100,7 +1168,9 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-    return f"{minutes}:{second:02d}" if minutes else f"{second} s"
+    if minutes:
+        return f"{minutes}:{second:02d}"
+    return f"{second} s"
 
 class Progress:
     """How far a loop is: one line that is rewritten in a terminal, a line now and then in a log."""
@@ -1113,18 +1183,23 @@ class Progress:
     def step(self):
         self.count += 1
         self.seconds = time.monotonic() - self.begin
+        if self.count == 1:
+            self.first = self.seconds       # The first step loads parts of torch: no rate is in it.
+        ended = self.terminal and self.count == self.total
         wait = 0.3 if self.terminal else 10 + self.shown / 2
-        if self.seconds < self.shown + wait and not (self.terminal and self.count == self.total):
+        if self.count == 1 or (self.seconds < self.shown + wait and not ended):
             return
         self.shown = self.seconds
-        left = clock((self.total - self.count) * self.seconds / self.count)
-        rate = self.count / max(self.seconds, 1e-9)
+        rate = (self.count - 1) / max(self.seconds - self.first, 1e-9)
+        left = clock((self.total - self.count) / rate)
         line = f"{self.what} {self.count}/{self.total}  {rate:.1f}/s  {left} left  {self.text}"
         if self.terminal:
             columns = shutil.get_terminal_size().columns - 1
-            say("\r" + line[:columns].ljust(columns), end="\n" * (self.count == self.total))
+            say("\r" + line[:columns].ljust(columns), end="")
         else:
             say(line)
+        if ended:
+            say("")
 
 # ---- 9. The commands ----------------------------------------------------------------------------
 
@@ -1143,11 +1218,12 @@ def given(args, kind) -> dict:
     values = {f.name: getattr(args, f.name, None) for f in fields(kind)}
     return {name: value for name, value in values.items() if value is not None}
 
-def banner(args, text: str, net: nn.Module):
+def banner(args, text: str, net: nn.Module | None = None):
     """Say what was chosen, before the work begins."""
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"{args.command}: {text} | {size:.2f} M parameters, {args.device.type}, "
-        f"{torch.get_num_threads()} threads, seed {args.seed} -> {args.out}")
+    if net is not None:
+        text += f", {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+    say(f"{args.command}: {text} | {args.device.type}, {torch.get_num_threads()} threads, "
+        f"seed {args.seed} -> {args.out}")
 
 def parse_task(text: str) -> tuple:
     """'denoise:25' as ('denoise', 25.0); None stands for a number that is left out."""
@@ -1165,7 +1241,8 @@ def parse_task(text: str) -> tuple:
 
 def centre(x: Tensor, size: list) -> Tensor:
     """The centre of a picture, of a given height and width."""
-    top, left = (x.shape[2] - size[0]) // 2, (x.shape[3] - size[1]) // 2
+    top = (x.shape[2] - size[0]) // 2
+    left = (x.shape[3] - size[1]) // 2
     return x[..., top:top + size[0], left:left + size[1]].contiguous()
 
 def observe(args) -> tuple:
@@ -1224,9 +1301,8 @@ def fingerprint(args) -> dict:
 
 def finish(args, x, y: Tensor, task: Task, image: Tensor, panels: list, chart, metrics: dict):
     """Write what fit-dip and sample write, and say in words what came out."""
-    if task.mask is not None:           # the figure shows what was given: holes are black
-        y = torch.where(task.mask > 0, y, -1.0)
-    panels = [("given", F.interpolate(y, scale_factor=float(task.scale))), *panels]
+    holes_black = torch.where(task.mask > 0, y, -1.0)
+    panels = [("given", F.interpolate(holes_black, scale_factor=float(task.scale))), *panels]
     metrics["psnr"], metrics["ssim"] = quality(image, x)
     metrics["psnr_observed"], _ = quality(task.interpolate(y), x)
     text = f"restored in {clock(metrics['seconds'])}"
@@ -1238,9 +1314,10 @@ def finish(args, x, y: Tensor, task: Task, image: Tensor, panels: list, chart, m
     page = figure([(title, v, note) for (title, v), note in zip(panels, notes)])
     metrics.update(task=task.name, sigma=task.sigma * 127.5, image=args.image, seed=args.seed,
                    command=args.argv, files=fingerprint(args))
-    for name, value in (("result.png", to_image(image)), ("figure.png", page), ("curves.png", chart),
-                        ("metrics.json", metrics)):
-        save(os.path.join(args.out, name), value)
+    save(os.path.join(args.out, "result.png"), to_image(image))
+    save(os.path.join(args.out, "figure.png"), page)
+    save(os.path.join(args.out, "curves.png"), chart)
+    save(os.path.join(args.out, "metrics.json"), metrics)
     say(f"{text} -> {os.path.join(args.out, 'figure.png')}")
     if metrics["interrupted"]:
         say("interrupted: this is the best so far; the same command begins anew")
@@ -1290,19 +1367,20 @@ def fit_one(args):
     prior = None
     if args.method in ("adapt", "guide"):
         prior = load_prior(args, y.shape[1])
-    text = f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {args.method}"
-    banner(args, text, prior or SkipNet(width=args.width or 32, depth=args.depth or 4))
+    banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {args.method}", prior)
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     curves = []
-    for name, label in (("psnr", "to the clean photo"), ("psnr_risk", "estimated from R, without it"),
-                        ("psnr_target", "to the target of the stage")):
+    labels = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
+              "psnr_target": "to the target of the stage"}
+    for name, label in labels.items():
         curves.append(Curve(label, [row["step"] for row in rows], [row[name] for row in rows]))
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB",
                  marks=[(stage.stop_step, "stop")])
     save(os.path.join(args.out, "log.csv"), rows)
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
-        save(os.path.join(args.out, "stages.png"), figure([f[0] for f in six] + [f[1] for f in six]))
+        page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])
+        save(os.path.join(args.out, "stages.png"), page)
         save_gif(os.path.join(args.out, "ladder.gif"), [figure(frame) for frame in frames], 150)
     finish(args, x, y, task, stage.answer, [("restored", stage.answer)], chart, metrics)
 
@@ -1321,42 +1399,56 @@ class ReversePath:
             row["mean"] = psnr(mean, self.x.expand_as(mean), 2.0)
         self.rows.append(row)
 
+@dataclass
+class Start:
+    """Where the reverse process begins, and what joins it on the way."""
+    xt: Tensor
+    t0: int
+    join: dict                      # of y, xhat and risk, what `reverse` is to use
+    panels: list                    # of figure.png
+    metrics: dict
+
+def make_start(args, x, y: Tensor, task: Task, prior: Prior, gens: list) -> Start:
+    """x_t0 from noise, from the observation, or from a DIP of it; t0 by the start rule."""
+    known = task.interpolate(y)
+    schedule = prior.schedule
+    metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
+    if args.init == "noise":
+        xt = noise_like(known.expand(args.samples, -1, -1, -1), gens)
+        return Start(xt, schedule.T, dict(y=y), [], metrics)
+    join = {}
+    if task.sigma == 0:
+        join = dict(y=y)                # a noisy y is the start, or the DIP's: not used twice
+    risk = max(task.sigma, GUESS) ** 2
+    if args.init == "observed":
+        t0 = args.start or min(schedule.start_t(risk), prior.t_max)
+        return Start(noised(schedule, known, t0, gens, task.sigma), t0, join, [], metrics)
+    stage, _, _, metrics = run_fit(args, y, task, x)
+    metrics["psnr_dip"], _ = quality(stage.answer, x)
+    if not math.isnan(stage.risk):
+        risk = stage.risk
+    if not args.no_guide:
+        join.update(xhat=stage.answer, risk=risk)
+    t0 = args.start or min(schedule.start_t(risk), prior.t_max)
+    xt = noised(schedule, stage.answer, t0, gens)
+    return Start(xt, t0, join, [("DIP", stage.answer)], metrics)
+
 def sample_one(args):
-    """sample: reverse diffusion from noise, from the observation, or from a DIP of it."""
+    """sample: reverse diffusion of one photo, or of a page of pictures from noise alone."""
     if args.image is None:              # nothing is known of the picture
-        x, task = None, Task("none", mask=torch.zeros(1, 1, args.size, args.size))
-        y = torch.zeros(1, 3, args.size, args.size, device=args.device)
-        task.mask = torch.zeros_like(y[:, :1])
+        x, y = None, torch.zeros(1, 3, args.size, args.size, device=args.device)
+        task = Task("none", mask=torch.zeros_like(y[:, :1]))
     else:
         x, y, task = observe(args)
     prior = load_prior(args, y.shape[1])
     banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, from {args.init}", prior)
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
-    start, join, panels = task.interpolate(y), {}, []
-    metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
-    risk = max(task.sigma, GUESS) ** 2
-    if args.init == "dip":
-        stage, _, _, metrics = run_fit(args, y, task, x)
-        start = stage.answer
-        panels.append(("DIP", start))
-        metrics["psnr_dip"], _ = quality(start, x)
-        if not math.isnan(stage.risk):
-            risk = stage.risk
-        if not args.no_guide:
-            join = dict(xhat=start, risk=risk)
-    if task.sigma == 0 or args.init == "noise":
-        join["y"] = y                   # a noisy y was the start, or the DIP's: not used twice
-    if args.init == "noise":
-        t0 = prior.schedule.T
-        xt = noise_like(start.expand(args.samples, -1, -1, -1), gens)
-    else:
-        t0 = args.start or min(prior.schedule.start_t(risk), prior.t_max)
-        known = task.sigma if args.init == "observed" else 0.0
-        xt = noised(prior.schedule, start, t0, gens, known)
-    path = ReversePath(x, min(args.steps, t0))
+    start = make_start(args, x, y, task, prior, gens)
+    metrics, panels = start.metrics, start.panels
+    path = ReversePath(x, min(args.steps, start.t0))
     try:
-        samples = reverse(prior, task, xt, t0, gens, steps=args.steps, eta=args.eta,
-                          watch=path.watch, **join)
+        samples = reverse(prior, task, start.xt, start.t0, gens, steps=args.steps, eta=args.eta,
+                          watch=path.watch, **start.join)
     except KeyboardInterrupt:
         if path.x0 is None:
             raise
@@ -1366,15 +1458,16 @@ def sample_one(args):
     panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
     if args.image is None:
         image = samples[:1]
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)]
-    metrics["psnr_sample"] = None
-    if x is not None:
-        metrics["psnr_sample"] = sum(quality(v[None], x)[0] for v in samples) / len(samples)
-    spread = samples.std(dim=0, correction=0).square().mean().sqrt().item() * 127.5
-    dip, ddpm = metrics["seconds"], path.bar.seconds
-    metrics.update(psnr_mean=quality(image, x)[0], spread=spread, t0=t0, nfe=path.bar.count,
-                   seconds_dip=dip, seconds_ddpm=ddpm, seconds=dip + ddpm)
-    curve = Curve("mean of the samples", *([row[c] for row in path.rows] for c in ("call", "mean")))
+        panels = [(f"seed {args.seed + i}", sample[None]) for i, sample in enumerate(samples)]
+    scores = [quality(sample[None], x)[0] for sample in samples]
+    spread = samples.std(dim=0, correction=0).square().mean().sqrt()
+    metrics.update(
+        psnr_mean=quality(image, x)[0], psnr_sample=None if x is None else np.mean(scores),
+        spread=spread.item() * 127.5, t0=start.t0, nfe=path.bar.count,
+        seconds_dip=metrics["seconds"], seconds_ddpm=path.bar.seconds)
+    metrics["seconds"] += path.bar.seconds
+    calls = [row["call"] for row in path.rows]
+    curve = Curve("mean of the samples", calls, [row["mean"] for row in path.rows])
     chart = plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
     save(os.path.join(args.out, "log.csv"), path.rows)
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
@@ -1453,7 +1546,8 @@ def load_data(path: str) -> list:
     if os.path.isdir(path):
         images = [load_image(file, "--data")[0] for file in find_photos(path, "--data")]
         channels = max(len(image) for image in images)
-        return [((v.expand(channels, -1, -1) + 1) * 127.5).round().byte() for v in images]
+        images = [image.expand(channels, -1, -1) for image in images]
+        return [((image + 1) * 127.5).round().byte() for image in images]
     try:
         data = np.load(path)
         if not isinstance(data, np.ndarray):
@@ -1461,9 +1555,10 @@ def load_data(path: str) -> list:
         if data.dtype != np.uint8 or data.shape[3:] not in ((), (1,), (3,)) or data.size == 0:
             raise ValueError(f"it holds {data.dtype} of {data.shape}")
     except Exception as error:                  # numpy, too
-        fail(f"--data: cannot use {path} ({str(error).strip()[:80]}); give a folder of pictures, or "
-             "uint8 of N x H x W or N x H x W x 3")
-    return list(torch.from_numpy(data).reshape(*data.shape[:3], -1).permute(0, 3, 1, 2))
+        fail(f"--data: cannot use {path} ({str(error).strip()[:80]}); give a folder of pictures, "
+             "or uint8 of N x H x W or N x H x W x 3")
+    data = torch.from_numpy(data).reshape(*data.shape[:3], -1)
+    return list(data.permute(0, 3, 1, 2))
 
 @dataclass
 class Training:
@@ -1553,7 +1648,8 @@ def save_training(args, state: dict, seconds: float):
     """log.csv, metrics.json, and curves.png: the loss against time, and by t."""
     rows = state["log"]
     loss = state["eps_loss"][1:state["config"]["t_max"] + 1].tolist()
-    by_time = Curve("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
+    seconds_of = [row["seconds"] for row in rows]
+    by_time = Curve("loss of a step", seconds_of, [row["loss"] for row in rows])
     by_t = Curve("running mean", list(range(1, len(loss) + 1)), loss)
     label = "mean of (eps_theta - eps)^2"
     above = plot([by_time], "Loss against time", "seconds", label, ylog=True)
@@ -1564,28 +1660,33 @@ def save_training(args, state: dict, seconds: float):
     save(os.path.join(args.out, "curves.png"), page)
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), dict(
-        psnr=None, seconds=seconds, step=state["step"], command=args.argv, eps_loss=state["eps_loss"]))
+        psnr=None, seconds=seconds, step=state["step"], command=args.argv,
+        eps_loss=state["eps_loss"]))
 
 # ---- 10. Evaluation: tables in which every row is a command line --------------------------------
 
 FREE = ("--task inpaint:0.8", "--task superres:4")
 CLASSIC = "--method dip --stop wmv --iters 1800"
+FITS = ("", "--nets 1", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon",
+        "--method targets", "--method selfdiff", "--method adapt", "--method guide")
+JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
+         "sample --init observed", "sample --init noise --steps 20", "sample --init noise",
+         "fit-dip --nets 1", "fit-dip --method adapt")
+ONE_CHANGE = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5",
+              "--shape linear", "--fresh 0", "--turns 0", "--input fixed", "--target plain",
+              "--width 64", "--depth 2", "--loss gradient", "--hold 0.1", "--tail 0", "--told 20",
+              "--told 0")
+ONE_CALL = "sample --init observed --steps 1 --samples 1 --ckpt runs/train"
+UNKNOWN = "sample --samples 1 --task inpaint:1 --init noise"
+NEAR = "sample --samples 1 --task denoise:10 --init dip --no-guide"
 SUITES = {
-    "stopping": [f"fit-dip {task} {how}".strip() for task in ("--task denoise:25", *FREE) for how in (
-        "", "--nets 1", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon",
-        "--method targets", "--method selfdiff", "--method adapt", "--method guide")],
-    "init": [f"{how} {task}" for task in FREE for how in (
-        "sample --init dip", "sample --init dip --iters 30", "sample --init dip --iters 120",
-        "sample --init dip --no-guide", "sample --init observed", "sample --init noise --steps 20",
-        "sample --init noise --steps 100", "fit-dip --nets 1", "fit-dip --method adapt")],
-    "training": [f"sample --init observed --steps 1 --samples 1 --task denoise:{sigma} --ckpt "
-                 f"runs/train/{kind}.pt" for sigma in (15, 25, 50) for kind in ("none", "dip")],
-    "generation": [f"sample --samples 1 --task inpaint:1 --init noise --steps {n}" for n in (10, 50)] + [
-        f"sample --samples 1 --task denoise:10 --init dip --no-guide --start {t}" for t in (50, 150)],
-    "ablation": [f"fit-dip --task denoise:25 --nets 1 {how}".strip() for how in (
-        "", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--shape linear",
-        "--fresh 0", "--turns 0", "--input fixed", "--target plain", "--width 64", "--depth 2",
-        "--loss gradient", "--hold 0.1", "--tail 0", "--told 20", "--told 0")],
+    "stopping": [f"fit-dip {task} {fit}" for task in ("--task denoise:25", *FREE) for fit in FITS],
+    "init": [f"{join} {task}" for task in FREE for join in JOINS],
+    "training": [f"{ONE_CALL}/{kind}.pt --task denoise:{sigma}"
+                 for sigma in (15, 25, 50) for kind in ("none", "dip")],
+    "generation": [f"{UNKNOWN} --steps 10", f"{UNKNOWN} --steps 50", f"{NEAR} --start 50",
+                   f"{NEAR} --start 150"],
+    "ablation": [f"fit-dip --task denoise:25 --nets 1 {change}" for change in ONE_CHANGE],
 }
 COLUMNS = ("psnr ssim seconds stop_iter psnr_oracle psnr_holdout psnr_wmv psnr_emv psnr_dip "
            "psnr_sample spread nfe t0").split()
@@ -1612,20 +1713,25 @@ def run_arm(argv: list, out: str) -> dict:
                 return metrics
     return fail(f"--out: {path} is not what was just written; leave the folder to one process")
 
+def mean_of(values: list, digits: int) -> str:
+    """The mean of what is known, as text; empty if nothing is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    return f"{np.mean(values):.{digits}f}"
+
 def markdown(rows: list) -> str:
-    """The means of each arm over photos and seeds; std is that of the means of the seeds."""
-    table = [["arm", "n", *COLUMNS, "std"]]
+    """The means of each arm over photos and seeds, and its PSNR seed by seed."""
+    table = [["arm", "n", *COLUMNS, "psnr of each seed"]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         group = [row for row in rows if row["arm"] == arm]
         line = [arm, str(len(group))]
         for column in COLUMNS:
-            values = [row[column] for row in group if row.get(column) is not None]
-            line.append(f"{np.mean(values):.{3 if column == 'ssim' else 2}f}" if values else "")
-        means = {row["seed"]: [] for row in group if row["psnr"] is not None}
-        for row in group:
-            means.get(row["seed"], []).append(row["psnr"])
-        spread = np.std([np.mean(v) for v in means.values()], ddof=1) if len(means) > 1 else None
-        table.append(line + ["" if spread is None else f"{spread:.2f}"])
+            digits = 3 if column == "ssim" else 2
+            line.append(mean_of([row.get(column) for row in group], digits))
+        seeds = dict.fromkeys(row["seed"] for row in group)
+        of_seeds = [[row["psnr"] for row in group if row["seed"] == seed] for seed in seeds]
+        table.append(line + [" ".join(mean_of(values, 2) for values in of_seeds)])
     used = [column for column in zip(*table) if any(column[1:])]
     lines = [f"| {' | '.join(line)} |" for line in zip(*used)]
     return "\n".join([lines[0], "|" + " --- |" * len(used), *lines[1:]]) + "\n"
@@ -1653,7 +1759,7 @@ def compare_sets(args, paths: dict):
         try:
             network = torch.jit.load(args.features)
         except Exception as error:              # torch, once more
-            fail(f"--features: cannot use {args.features} ({str(error)[:80]}); give a TorchScript file")
+            fail(f"--features: {args.features} is no TorchScript ({str(error)[:80]}); give one")
     held = find_photos(args.held, "--held")
     real = torch.cat([features(load_image(path, "--held"), network) for path in held])
     rows = []
@@ -1682,8 +1788,11 @@ def cmd_evaluate(args) -> int:
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
     arms = suite_arms(args)
     photos = find_photos(args.images, "--images")
-    shared = ["--size", str(args.size or 128), "--device", args.device.type] + ["--bf16"] * args.bf16
-    photos = photos[:1] if args.quick else photos
+    shared = ["--size", str(args.size or 128), "--device", args.device.type]
+    if args.bf16:
+        shared.append("--bf16")
+    if args.quick:
+        photos = photos[:1]
     (rank, world), bad, rows, paths = ranks(), [], [], {}
     banner(args, f"{len(arms)} arms x {len(photos)} photos x {args.seeds} seeds")
     jobs = [(photo, args.seed + 100 * k) for k in range(args.seeds) for photo in photos]
@@ -1691,7 +1800,8 @@ def cmd_evaluate(args) -> int:
         name = os.path.relpath(photo, args.images)
         for arm in arms:
             argv = [*arm.split(), *shared, "--image", photo, "--seed", str(seed)]
-            argv += quick_flags(args, arm) if args.quick else []
+            if args.quick:
+                argv += quick_flags(args, arm)
             out = os.path.join(args.out, folder_name(f"{name} {seed}"), folder_name(arm))
             try:
                 rows.append(dict(photo=name, arm=arm) | run_arm(argv, out))
@@ -1704,7 +1814,9 @@ def cmd_evaluate(args) -> int:
     say(markdown(rows))
     if args.held and paths:
         compare_sets(args, paths)
-    return fail(f"--arms: not run, see above: {'; '.join(bad)}") if bad else 0
+    if bad:
+        fail(f"--arms: not run, see above: {'; '.join(bad)}")
+    return 0
 
 # ---- 11. The command line -----------------------------------------------------------------------
 
@@ -1716,13 +1828,17 @@ def in_range(kind, low: float, high: float, text: str):
     return value
 
 def number_or_auto(low: int, high: int, text: str):
-    return None if text == "auto" else in_range(int, low, high, text)
+    if text == "auto":
+        return None
+    return in_range(int, low, high, text)
 
 def add_settings(parser, kind):
     """A flag for each field of a dataclass of settings. None, the default, means: not given."""
     for f in fields(kind):
         allowed = f.metadata["allowed"]
-        text = f.metadata["help"] + ("" if f.default is None else f" ({f.default})")
+        text = f.metadata["help"]
+        if f.default is not None:
+            text += f" ({f.default})"
         flag = "--" + f.name.replace("_", "-")
         if isinstance(allowed, list):
             parser.add_argument(flag, choices=allowed, help=text)
@@ -1741,7 +1857,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
     add("--start", type=partial(number_or_auto, 1, 1000), help="t0, or auto: the start rule (auto)")
     add("--steps", type=partial(whole, 1000), help="network calls (20; from noise 100)")
-    add("--samples", type=partial(whole, 1024), help="how many; the result is their mean (4; grid 16)")
+    add("--samples", type=partial(whole, 1024), help="how many; their mean counts (4; grid 16)")
     add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral (1; grid 0)")
     add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
     for parser_ in (fit, sample):
@@ -1755,7 +1871,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
         add_settings(parser_, Settings)
     add = train.add_argument
-    add("--data", default=os.path.join(PHOTOS, "train"), help="a folder, .npz or .npy (images/train)")
+    add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--steps", type=partial(whole, 10 ** 8), default=600, help="in all (600)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add_settings(train, Training)
