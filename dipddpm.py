@@ -500,7 +500,8 @@ METHODS = {     # what the network sees, and what its output is compared with
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
-WHOLE_PIXELS = 800 ** 2         # larger photos are fitted on crops, in bounded memory
+TWO_NETS_PIXELS = 256 ** 2      # for larger photos one network is enough, to save time
+WHOLE_PIXELS = 800 ** 2         # those larger still are fitted on crops, in bounded memory
 PATIENCE = 1000                 # steps without a better score that end a fit
 
 @dataclass
@@ -547,8 +548,11 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=1000)
     if brief:
         values.update(iters=values["iters"] // 2, nets=1)
-    if o.method in ("staged", "adapt") and y[0, 0].numel() * task.scale ** 2 > WHOLE_PIXELS:
-        values.update(iters=1000, nets=1, rungs=8, crop=64, tail=0.0)
+    pixels = y.shape[2] * y.shape[3] * task.scale ** 2
+    if pixels > TWO_NETS_PIXELS:
+        values.update(nets=1)
+    if o.method in ("staged", "adapt") and pixels > WHOLE_PIXELS:
+        values.update(iters=1000, rungs=8, crop=64, tail=0.0)
     if o.stop in ("wmv", "emv"):
         values.update(rungs=o.iters or values["iters"])         # these rules look at every step
     if o.stop != "holdout" or o.target in ("plain", "noisy"):
@@ -609,13 +613,16 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
         raise FloatingPointError("the loss is not finite")
     return loss
 
-def random_crops(base: Tensor, y: Tensor, task: Task, side: int, gen: torch.Generator) -> tuple:
-    """16 crops at the same places of base (side x side), of y, and of the mask in the task."""
-    blocks = F.pixel_unshuffle(base, task.scale)            # a block of base on each pixel of y
-    mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
-    layers = torch.cat([y, mask, blocks], dim=1)
-    crops = random_patches(layers, 16, min(side // task.scale, *y.shape[2:]), gen)
-    y, mask, blocks = crops.split([y.shape[1], 1, blocks.shape[1]], dim=1)
+def on_one_grid(base: Tensor, y: Tensor, task: Task) -> Tensor:
+    """y, the mask, and the block of base that lies on each pixel of y, as channels of one image."""
+    blocks = F.pixel_unshuffle(base, task.scale)
+    return torch.cat([y, task.mask.to(y).expand(1, 1, *y.shape[2:]), blocks], dim=1)
+
+def random_crops(layers: Tensor, task: Task, side: int, gen: torch.Generator) -> tuple:
+    """16 crops at the same places: of base (side x side), of y, and of the mask in the task."""
+    crops = random_patches(layers, 16, min(side // task.scale, *layers.shape[2:]), gen)
+    channels = (layers.shape[1] - 1) // (1 + task.scale ** 2)
+    y, mask, blocks = crops.split([channels, 1, channels * task.scale ** 2], dim=1)
     return F.pixel_shuffle(blocks, task.scale), y, replace(task, mask=mask)
 
 @dataclass
@@ -663,10 +670,12 @@ class Fit:
         for a, steps in rungs:                                          # the most noise first
             begin = time.monotonic()
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
+            part, seen, view = base, y, task
+            if o.crop:
+                layers = on_one_grid(base, y, task)
             for step in range(steps):
-                part, seen, view = base, y, task
                 if o.crop:
-                    part, seen, view = random_crops(base, y, task, o.crop, self.gen)
+                    part, seen, view = random_crops(layers, task, o.crop, self.gen)
                 if o.fresh or step == 0:
                     w = torch.randn(view.pinv(seen).shape, generator=self.gen).to(y)
                     w = w * (task.sigma or FREE_UNIT)
@@ -818,8 +827,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
         done = (fit.steps_before + fit.step, fit.seconds)
         if judge is not None:
             stage.risk = judge(mean_image(blind))
-        stage = replace(stage, step=done[0], seconds=done[1], scores={}, average=answers[-1])
-        yield replace(stage, answer=mean_image(answers))
+        stage = replace(stage, step=done[0], seconds=done[1], average=answers[-1])
+        yield replace(stage, answer=mean_image(answers), scores={}, mse=math.nan)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
 # Lesson 3. The DDPM begins at the DIP's estimate, at the t0 whose noise hides the error of that
@@ -1309,6 +1318,8 @@ def finish(args, x, y: Tensor, task: Task, image: Tensor, panels: list, chart, m
     notes = [""] * len(panels)
     if x is not None:
         notes = [f"{psnr(v.clamp(-1, 1), x, 2.0):.2f} dB" for _, v in panels] + [""]
+        if task.sigma == 0:
+            notes[0] = f"interpolated {metrics['psnr_observed']:.2f} dB"
         panels.append(("clean", x))
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     page = figure([(title, v, note) for (title, v), note in zip(panels, notes)])
