@@ -551,7 +551,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     pixels = y.shape[2] * y.shape[3] * task.scale ** 2
     if pixels > TWO_NETS_PIXELS:
         values.update(nets=1)
-    if o.method in ("staged", "adapt") and pixels > WHOLE_PIXELS:
+    cropped = o.method in ("staged", "adapt") and o.stop in ("holdout", "fixed")
+    if pixels > WHOLE_PIXELS and cropped and o.input != "fixed":
         values.update(iters=1000, rungs=8, crop=64, tail=0.0)
     if o.stop in ("wmv", "emv"):
         values.update(rungs=o.iters or values["iters"])         # these rules look at every step
@@ -1787,13 +1788,14 @@ def quick_flags(args, arm: str) -> list:
     flags = ["--size", "32"]
     if arm.startswith("fit-dip") or "--init dip" in arm:
         flags += ["--iters", "6"]
-    kind = "none" if "--init noise" in arm else "dip"
-    folder = os.path.join(args.out, "prior")
-    path = os.path.join(folder, f"{kind}.pt")
-    if not os.path.exists(path):
-        train = ["train", "--prior", kind, "--steps", "2", "--width", "8", "--batch", "2"]
-        main([*train, "--out", folder])
-    return [*flags, "--ckpt", path]
+    if arm.startswith("sample") or "adapt" in arm or "guide" in arm:
+        kind = "none" if "--init noise" in arm else "dip"
+        folder = os.path.join(args.out, "prior")
+        flags += ["--ckpt", os.path.join(folder, f"{kind}.pt")]
+        if not os.path.exists(flags[-1]):
+            train = ["train", "--prior", kind, "--steps", "2", "--width", "8", "--batch", "2"]
+            main([*train, "--out", folder])
+    return flags
 
 def cmd_evaluate(args) -> int:
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
@@ -1942,6 +1944,10 @@ def refuse_idle_flags(args):
         idle["start"] = "with --init noise, which starts at t = 1000"
     if args.method in ("dip", "guide") and not (args.input or args.target):
         idle.update(dict.fromkeys(("high", "low", "shape", "fresh", "turns"), "without a ladder"))
+    if args.method == "adapt" and args.nets in (None, 1):
+        idle.update(width="with --method adapt", depth="with --method adapt")
+    if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
+        idle["ckpt"] = "without --method adapt or guide"
     if args.stop not in (None, "holdout"):
         idle.update(hold="without --stop holdout", tail="without --stop holdout")
     for name, reason in idle.items():
