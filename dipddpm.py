@@ -1379,7 +1379,8 @@ def fit_one(args):
     prior = None
     if args.method in ("adapt", "guide"):
         prior = load_prior(args, y.shape[1])
-    banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {args.method}", prior)
+    method = args.method or "staged"
+    banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, {method}", prior)
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     curves = []
     labels = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
@@ -1435,7 +1436,7 @@ def make_start(args, x, y: Tensor, task: Task, prior: Prior, gens: list) -> Star
     if args.init == "observed":
         t0 = args.start or min(schedule.start_t(risk), prior.t_max)
         return Start(noised(schedule, known, t0, gens, task.sigma), t0, join, [], metrics)
-    stage, _, _, metrics = run_fit(args, y, task, x)
+    stage, _, _, metrics = run_fit(args, y, task, x, prior)
     metrics["psnr_dip"], _ = quality(stage.answer, x)
     if not math.isnan(stage.risk):
         risk = stage.risk
@@ -1909,7 +1910,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args):
     """Every default of fit-dip and sample that depends on other flags."""
-    args.method = args.method or "staged"
     if args.command == "fit-dip":
         args.init = args.start = None
         args.task = args.task or "denoise:25"
@@ -1938,7 +1938,7 @@ def refuse_idle_flags(args):
     if name != "denoise":
         idle["told"] = "without noise"
     if args.command == "sample" and args.init != "dip":
-        idle.update({f.name: "without --init dip" for f in fields(Settings) if f.name != "method"})
+        idle.update({name: "without --init dip" for name in given(args, Settings)})
         idle["no_guide"] = "without --init dip"
     if args.command == "sample" and args.init == "noise":
         idle["start"] = "with --init noise, which starts at t = 1000"
