@@ -535,7 +535,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     values = dict(nets=1, rungs=30, high=3.0, tail=0.0, crop=0, optimiser="adam", lr=0.01)
     values["input"], values["target"] = METHODS[o.method]
     if o.method == "staged" and noisy:
-        values.update(iters=300, nets=2, optimiser="muon", lr=0.05, tail=0.25)
+        values.update(iters=250, nets=2, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged" and task.scale == 1:
         values.update(iters=200, nets=2, optimiser="muon", lr=0.05, input="estimate")
     elif o.method == "staged":          # Muon at any rate is 0.7 dB below Adam here
