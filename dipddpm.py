@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -421,6 +422,20 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
     for averaged, newest in zip(ema.state_dict().values(), model.state_dict().values()):
         averaged.copy_(averaged + rate * (newest - averaged))
 
+class Uninterrupted:
+    """A block that Ctrl-C cannot leave half done: it waits for the end of the block."""
+    def __enter__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+        if self.asked:
+            raise KeyboardInterrupt
+
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
     """Ho et al. Algorithm 1 with t uniform on 1..t_max; yields (t, the loss of each) at every step.
 
@@ -435,8 +450,9 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         for optimiser, saved in zip(optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
         gen.set_state(state["rng"])
+    side = min(config["patch"], *(min(image.shape[1:]) for image in images))
     for step in range(state["step"] + 1, steps + 1):
-        x0 = random_patches(images, config["batch"], config["patch"], gen).to(device) / 127.5 - 1
+        x0 = random_patches(images, config["batch"], side, gen).to(device) / 127.5 - 1
         t = torch.randint(1, config["t_max"] + 1, (config["batch"],), generator=gen)
         eps = torch.randn(x0.shape, generator=gen).to(device)
         x0, t, eps = x0[rank::world], t[rank::world], eps[rank::world]
@@ -445,12 +461,13 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         model.zero_grad()
         (losses.sum() * world / config["batch"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step_all(optimisers, min(1, step / 50))
-        update_ema(ema, model, 1 - (1 - 1 / step) ** 8)     # of about the last eighth of the steps
         losses = losses.detach().cpu()
-        state["eps_loss"][t] = state["eps_loss"][t].lerp(losses, 0.2)
-        saved = [optimiser.state_dict() for optimiser in optimisers]
-        state.update(step=step, optimisers=saved, rng=gen.get_state())
+        with Uninterrupted():
+            step_all(optimisers, min(1, step / 50))
+            update_ema(ema, model, 1 - (1 - 1 / step) ** 8)     # of about the last eighth of steps
+            state["eps_loss"][t] = state["eps_loss"][t].lerp(losses, 0.2)
+            saved = [optimiser.state_dict() for optimiser in optimisers]
+            state.update(step=step, optimisers=saved, rng=gen.get_state())
         yield t, losses
 
 def noise_like(x: Tensor, gens: list) -> Tensor:
@@ -558,7 +575,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(rungs=o.iters or values["iters"])         # these rules look at every step
     if o.stop != "holdout" or o.target in ("plain", "noisy"):
         values.update(tail=0.0)                                 # other targets overfit in a tail
-    if o.optimiser is not None:
+    if o.optimiser not in (None, values["optimiser"]):
         values.update(lr=0.05 if o.optimiser == "muon" else 0.01)
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
     return replace(o, rungs=min(o.rungs, o.iters))
@@ -621,7 +638,8 @@ def on_one_grid(base: Tensor, y: Tensor, task: Task) -> Tensor:
 
 def random_crops(layers: Tensor, task: Task, side: int, gen: torch.Generator) -> tuple:
     """16 crops at the same places: of base (side x side), of y, and of the mask in the task."""
-    crops = random_patches(layers, 16, min(side // task.scale, *layers.shape[2:]), gen)
+    side = min(max(1, side // task.scale), *layers.shape[2:])
+    crops = random_patches(layers, 16, side, gen)
     channels = (layers.shape[1] - 1) // (1 + task.scale ** 2)
     y, mask, blocks = crops.split([channels, 1, channels * task.scale ** 2], dim=1)
     return F.pixel_shuffle(blocks, task.scale), y, replace(task, mask=mask)
@@ -788,7 +806,8 @@ def mean_image(images: list[Tensor]) -> Tensor:
 def no_tick():
     """What is called after each step when nobody watches."""
 
-def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settings) -> Iterator:
+def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=no_tick,
+            **settings) -> Iterator[Stage]:
     """Fit networks to y (N x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings. With stop 'holdout' each network first sees its part of the
@@ -796,7 +815,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
     prior: a trained DDPM, for adapt and guide. FloatingPointError: a loss that is not finite.
     """
     given = Settings(**settings)
-    o = complete(given, task, y)
+    o = complete(given, task, y, brief)
     gen = stream(seed, FIT)
     torch.manual_seed(stream(seed, INIT).initial_seed())
     seen, seen_task, judge = y, task, None
@@ -807,7 +826,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, tick=no_tick, **settin
     done = (0, 0.0)             # steps and seconds
     for n in range(o.nets):
         if o.method == "adapt" and n > 0:
-            o = complete(replace(given, method="staged"), task, y)      # a DDPM, then hourglasses
+            o = complete(replace(given, method="staged"), task, y, brief)   # now hourglasses
         fit = Fit(o, y, task, gen, prior, tick, done)
         rungs = ladder(o)
         watched = rungs[:max(1, round((1 - o.tail) * len(rungs)))]
@@ -968,12 +987,12 @@ def fail(message: str):
 
 def strict(value):
     """value as JSON and CSV take it: tensors as lists, NaN and inf as None."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, dict):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
-    if isinstance(value, (Tensor, np.generic)):
-        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -1105,24 +1124,30 @@ def on_axis(values: list, log: bool) -> np.ndarray:
         values = np.log10(values) if log else values
     return np.where(np.isfinite(values), values, np.nan)
 
+def round_numbers(low: float, high: float) -> np.ndarray:
+    """Three to eight numbers between low and high, in steps of 1, 2 or 5 times a power of ten."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
 def axis_ticks(arrays: list, log: bool) -> tuple:
     """((low, high), the places of the ticks, their labels) of an axis that holds all of arrays."""
-    values = np.concatenate([[0.0], *arrays])[1:]
+    values = np.concatenate([[], *arrays])
     values = values[np.isfinite(values)]
     if len(values) == 0:
         values = np.array([0.0, 1.0])
     room = 0.04 * np.ptp(values) or 0.5
     low, high = values.min() - room, values.max() + room
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3)
-    places = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-    if log:                             # 1, 2 and 5 of each power of ten, or the powers alone
-        factors = (1, 2, 5) if high - low < 3 else (1,)
-        powers = range(math.floor(low), math.ceil(high))
-        places = [power + math.log10(factor) for power in powers for factor in factors]
-        places = [place for place in places if low <= place <= high]
-        return (low, high), places, [f"{10 ** place:.4g}" for place in places]
-    return (low, high), places, [f"{round(place, 9):.6g}" for place in places]
+    if not log:
+        places = round_numbers(low, high)
+        return (low, high), places, [f"{round(place, 9):.6g}" for place in places]
+    factors = (1, 2, 5) if high - low < 3 else (1,)     # of each power of ten
+    powers = range(math.floor(low), math.ceil(high))
+    places = [power + math.log10(factor) for power in powers for factor in factors]
+    places = [place for place in places if low <= place <= high]
+    if len(places) < 2:
+        places = np.log10(round_numbers(10 ** low, 10 ** high))
+    return (low, high), places, [f"{10 ** place:.4g}" for place in places]
 
 def draw_axes(draw, x_axis: tuple, y_axis: tuple, font):
     """The grid of a plot and its labels; x_axis, y_axis: (places in pixels, labels, ends)."""
@@ -1162,7 +1187,7 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         color = COLORS[index % len(COLORS)]
         x_places = np.interp(xs[index], x_span, across)
         places = list(zip(x_places, np.interp(ys[index], y_span, down)))
-        for before, place in zip([places[0], *places], places):
+        for before, place in zip(places[:1] + places, places):
             if curve.points and not np.isnan(place).any():
                 draw.circle(place, 9, color)
             elif not np.isnan([before, place]).any():
@@ -1189,18 +1214,22 @@ class Progress:
         self.count, self.seconds, self.shown = 0, 0.0, 0.0
         self.begin = time.monotonic()
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.closed = False
 
     def step(self):
         self.count += 1
         self.seconds = time.monotonic() - self.begin
         if self.count == 1:
             self.first = self.seconds       # The first step loads parts of torch: no rate is in it.
-        ended = self.terminal and self.count == self.total
         wait = 0.3 if self.terminal else 10 + self.shown / 2
-        if self.count == 1 or (self.seconds < self.shown + wait and not ended):
-            return
+        if self.terminal and self.count == self.total:
+            self.close()
+        elif self.count > 1 and self.seconds >= self.shown + wait:
+            self.show()
+
+    def show(self):
         self.shown = self.seconds
-        rate = (self.count - 1) / max(self.seconds - self.first, 1e-9)
+        rate = max(self.count - 1, 1) / max(self.seconds - self.first, 1e-9)
         left = clock((self.total - self.count) / rate)
         line = f"{self.what} {self.count}/{self.total}  {rate:.1f}/s  {left} left  {self.text}"
         if self.terminal:
@@ -1208,8 +1237,13 @@ class Progress:
             say("\r" + line[:columns].ljust(columns), end="")
         else:
             say(line)
-        if ended:
+
+    def close(self):
+        """End the line, so that what follows begins one."""
+        if self.terminal and self.count > 0 and not self.closed:
+            self.show()
             say("")
+            self.closed = True
 
 # ---- 9. The commands ----------------------------------------------------------------------------
 
@@ -1340,11 +1374,14 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
 
     Only the log sees the clean x. Ctrl-C leaves the best so far, if there is one.
     """
-    o = complete(Settings(**given(args, Settings)), task, y, brief=args.command == "sample")
+    settings = given(args, Settings)
+    brief = args.command == "sample"
+    o = complete(Settings(**settings), task, y, brief)
     bar = Progress(o.iters * o.nets, "DIP")
     rows, frames, interrupted = [], [], False
     try:
-        for stage in fit_dip(y, task, prior, seed=args.seed, tick=bar.step, **asdict(o)):
+        settings.update(seed=args.seed, brief=brief, tick=bar.step)
+        for stage in fit_dip(y, task, prior, **settings):
             noise = stage.level * 127.5
             bar.text = f"noise {noise:.0f}"
             row = dict(step=stage.step, seconds=stage.seconds, noise=noise, **stage.scores)
@@ -1356,11 +1393,15 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             if stage.input.shape == stage.average.shape:
                 frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
                                ("estimate", stage.average, "")])
+    except FloatingPointError as error:
+        fail(f"--lr: {error}; lower it")
     except KeyboardInterrupt:
         if not rows:
             say("interrupted before the first stage: there is nothing to keep")
             raise
         interrupted = True
+    finally:
+        bar.close()
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk,
                    seconds=stage.seconds, interrupted=interrupted)
     # What each rule takes from the path of the first network; the oracle sees the clean image.
@@ -1449,11 +1490,12 @@ def make_start(args, x, y: Tensor, task: Task, prior: Prior, gens: list) -> Star
 def sample_one(args):
     """sample: reverse diffusion of one photo, or of a page of pictures from noise alone."""
     if args.image is None:              # nothing is known of the picture
-        x, y = None, torch.zeros(1, 3, args.size, args.size, device=args.device)
+        prior = load_prior(args, 1)
+        x, y = None, torch.zeros(1, prior.channels, args.size, args.size, device=args.device)
         task = Task("none", mask=torch.zeros_like(y[:, :1]))
     else:
         x, y, task = observe(args)
-    prior = load_prior(args, y.shape[1])
+        prior = load_prior(args, y.shape[1])
     banner(args, f"{task.name}, {args.image} {y.shape[3]} x {y.shape[2]}, from {args.init}", prior)
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     start = make_start(args, x, y, task, prior, gens)
@@ -1465,8 +1507,12 @@ def sample_one(args):
     except KeyboardInterrupt:
         if path.x0 is None:
             raise
-        samples = path.x0[:, :y.shape[1]]
+        samples = path.x0
+        if y.shape[1] == 1:
+            samples = samples.mean(dim=1, keepdim=True)
         metrics["interrupted"] = True
+    finally:
+        path.bar.close()
     image = samples.mean(dim=0, keepdim=True)
     panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", image)]
     if args.image is None:
@@ -1525,7 +1571,7 @@ def load_prior(args, channels: int) -> Prior:
     if not args.ckpt and not os.path.exists(path):
         train_default_prior(args, path)
     prior = Prior(read_checkpoint(path, "--ckpt"))
-    if args.image and prior.channels < channels:
+    if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
@@ -1587,7 +1633,6 @@ class Training:
 def new_checkpoint(args, images: list) -> dict:
     """A checkpoint before its first step: a plain dict that weights_only=True can read."""
     config = asdict(Training(**given(args, Training))) | dict(T=1000, seed=args.seed)
-    config["patch"] = min(config["patch"], max(min(image.shape[1:]) for image in images))
     config["unet"] = dict(channels=len(images[0]), width=config["width"] // 8 * 8)
     if config["t_max"] is None:
         config["t_max"] = 1000
@@ -1618,9 +1663,8 @@ def cmd_train(args) -> int:
     path = os.path.join(args.out, f"{args.prior or 'none'}.pt")
     state = resumed(args, path, images) if args.resume else new_checkpoint(args, images)
     config, rows = state["config"], state["log"]
-    images = [image for image in images if min(image.shape[1:]) >= config["patch"]]
-    if not images:
-        fail(f"--data: no picture has {config['patch']} pixels a side; give larger ones")
+    side = min(config["patch"], max(min(image.shape[1:]) for image in images))
+    images = [image for image in images if min(image.shape[1:]) >= side]
     if config["batch"] < world:
         fail(f"--batch: {world} processes share a batch; give {world} or more")
     net = UNet(**config["unet"]).to(args.device, memory_format=torch.channels_last)
@@ -1649,6 +1693,8 @@ def cmd_train(args) -> int:
                 save(path, state)
     except KeyboardInterrupt:
         code = 130
+    finally:
+        bar.close()
     if rank == 0:
         save(path, state)
         save_training(args, state, before + bar.seconds)
@@ -1749,7 +1795,7 @@ def markdown(rows: list) -> str:
     lines = [f"| {' | '.join(line)} |" for line in zip(*used)]
     return "\n".join([lines[0], "|" + " --- |" * len(used), *lines[1:]]) + "\n"
 
-def suite_arms(args) -> list:
+def suite_arms(args, photo: str) -> list:
     """The command lines of a suite, or of --arms; each is checked before the first fit."""
     names = list(SUITES) if args.suite == "all" else [args.suite]
     arms = [arm for name in names for arm in SUITES[name]]
@@ -1762,7 +1808,7 @@ def suite_arms(args) -> list:
     for arm in arms:
         if arm.split()[0] not in ("fit-dip", "sample"):
             fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
-        parse(arm.split())
+        parse([*arm.split(), "--image", photo])
     return list(dict.fromkeys(arms))
 
 def compare_sets(args, paths: dict):
@@ -1800,8 +1846,12 @@ def quick_flags(args, arm: str) -> list:
 
 def cmd_evaluate(args) -> int:
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
-    arms = suite_arms(args)
+    if args.features and not args.held:
+        fail("--features: it has no effect without --held; leave it out")
+    if args.quick and args.size:
+        fail("--size: it has no effect with --quick; leave it out")
     photos = find_photos(args.images, "--images")
+    arms = suite_arms(args, photos[0])
     shared = ["--size", str(args.size or 128), "--device", args.device.type]
     if args.bf16:
         shared.append("--bf16")
@@ -1810,6 +1860,8 @@ def cmd_evaluate(args) -> int:
     (rank, world), bad, rows, paths = ranks(), [], [], {}
     banner(args, f"{len(arms)} arms x {len(photos)} photos x {args.seeds} seeds")
     jobs = [(photo, args.seed + 100 * k) for k in range(args.seeds) for photo in photos]
+    if args.held:                       # a set of samples needs other noise for each photo
+        jobs = [(photo, seed + 100 * args.seeds * n) for n, (photo, seed) in enumerate(jobs)]
     for photo, seed in jobs[rank::world]:
         name = os.path.relpath(photo, args.images)
         for arm in arms:
@@ -1823,9 +1875,10 @@ def cmd_evaluate(args) -> int:
             except SystemExit:
                 bad.append(f"{name}: {arm}")
     table = os.path.join(args.out, args.suite if rank == 0 else f"{args.suite}-{rank}")
-    save(table + ".csv", rows)
-    save(table + ".md", markdown(rows).encode())
-    say(markdown(rows))
+    if rows:
+        save(table + ".csv", rows)
+        save(table + ".md", markdown(rows).encode())
+        say(markdown(rows))
     if args.held and paths:
         compare_sets(args, paths)
     if bad:
@@ -1836,7 +1889,10 @@ def cmd_evaluate(args) -> int:
 
 def in_range(kind, low: float, high: float, text: str):
     """An argparse type: a number within the limits, low <= number <= high."""
-    value = kind(text)
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is not within {low}..{high}")
     return value
@@ -1913,45 +1969,58 @@ def fill_defaults(args):
     if args.command == "fit-dip":
         args.init = args.start = None
         args.task = args.task or "denoise:25"
-    elif args.init == "noise" and args.image is None and args.task is None:       # a grid
-        args.size, args.samples = args.size or 64, args.samples or 16
-        args.eta = args.eta or 0.0
-    if args.command == "sample":
+    else:
+        given_any = args.image or args.task or args.observed or args.mask
+        grid = args.init == "noise" and not given_any
+        args.samples = args.samples or (16 if grid else 4)
         args.steps = args.steps or (100 if args.init == "noise" else 20)
-        args.samples = args.samples or 4
-        args.eta = 1.0 if args.eta is None else args.eta
-        if args.init == "noise" and args.image is None and args.task is None:
+        if args.eta is None:
+            args.eta = 0.0 if grid else 1.0
+        if grid:
+            args.size = args.size or 64
             return
     args.task = args.task or "superres:4"
     if args.image is None:
         if args.observed or args.mask:
             fail("--image: --observed and --mask need the photo; name it with --image FILE")
-        args.image, args.size = os.path.join(PHOTOS, "test", "astronaut.png"), args.size or 128
+        args.image = os.path.join(PHOTOS, "test", "astronaut.png")
+        args.size = args.size or 128
 
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
-    idle, (name, value) = {}, parse_task(args.task)
+    idle = {}
+    name, value = parse_task(args.task) if args.task else (None, None)
+    method = args.method or "staged"
+    source = args.input or METHODS[method][0]
+    aim = args.target or METHODS[method][1]
     if name != "inpaint":
-        idle["mask"] = f"with --task {name}"
+        idle["mask"] = "without --task inpaint"
     elif args.mask and value is not None:
         idle["task"] = "as inpaint:SHARE where --mask says what is missing: give inpaint alone"
     if name != "denoise":
-        idle["told"] = "without noise"
+        idle.update(dict.fromkeys(("told", "turns", "hold"), "without noise"))
+    if aim != "conjugate":
+        idle["turns"] = "without the conjugate target"
+    if source == "fixed" and aim == "plain":
+        idle.update(dict.fromkeys(("high", "low", "shape", "fresh"), "without a ladder"))
+    if source == "fixed" and method == "adapt":
+        idle["input"] = "as fixed: a trained DDPM cannot denoise the fixed z"
+    if method not in ("staged", "adapt") or source == "fixed" or args.stop in ("wmv", "emv"):
+        idle["crop"] = "with this method, input or stop"
+    if method == "adapt" and args.nets in (None, 1):
+        idle.update(dict.fromkeys(("width", "depth"), "with --method adapt"))
+    if args.command == "fit-dip" and method not in ("adapt", "guide"):
+        idle["ckpt"] = "without --method adapt or guide"
+    if args.stop not in (None, "holdout"):
+        idle.update(dict.fromkeys(("hold", "tail"), "without --stop holdout"))
     if args.command == "sample" and args.init != "dip":
         idle.update({name: "without --init dip" for name in given(args, Settings)})
         idle["no_guide"] = "without --init dip"
-    if args.command == "sample" and args.init == "noise":
+    if args.init == "noise":
         idle["start"] = "with --init noise, which starts at t = 1000"
-    if args.method in ("dip", "guide") and not (args.input or args.target):
-        idle.update(dict.fromkeys(("high", "low", "shape", "fresh", "turns"), "without a ladder"))
-    if args.method == "adapt" and args.nets in (None, 1):
-        idle.update(width="with --method adapt", depth="with --method adapt")
-    if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
-        idle["ckpt"] = "without --method adapt or guide"
-    if args.stop not in (None, "holdout"):
-        idle.update(hold="without --stop holdout", tail="without --stop holdout")
     for name, reason in idle.items():
-        if getattr(args, name, None) not in (None, False):
+        value = getattr(args, name, None)
+        if value is not None and value is not False:
             fail(f"--{name.replace('_', '-')}: it has no effect {reason}; leave it out")
 
 def parse(argv: list) -> argparse.Namespace:
@@ -1966,8 +2035,7 @@ def parse(argv: list) -> argparse.Namespace:
     args.device = torch.device(kind, number)
     if args.command in ("fit-dip", "sample"):
         fill_defaults(args)
-        if args.task is not None:
-            refuse_idle_flags(args)
+        refuse_idle_flags(args)
     return args
 
 def run(args) -> int:
@@ -1986,8 +2054,6 @@ def main(argv: list | None = None) -> int:
             ctypes.CDLL(None).mallopt(option, value)
     try:
         return run(parse(sys.argv[1:] if argv is None else list(argv)))
-    except FloatingPointError as error:
-        fail(f"--lr: {error}; lower it")
     except KeyboardInterrupt:
         return 130
 
