@@ -1370,7 +1370,7 @@ def finish(args, x, y: Tensor, task: Task, image: Tensor, panels: list, chart, m
         raise KeyboardInterrupt
 
 def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
-    """Fit a DIP: (its last Stage, rows of log.csv, frames of its stages, metrics).
+    """Fit a DIP: (its last Stage, rows of log.csv, frames of the first network, metrics).
 
     Only the log sees the clean x. Ctrl-C leaves the best so far, if there is one.
     """
@@ -1390,7 +1390,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             row["psnr_target"] = in_db(stage.mse)
             row["psnr_risk"] = in_db(stage.scores.get("holdout", -1.0))
             rows.append(row)
-            if stage.input.shape == stage.average.shape:
+            if stage.step <= o.iters and stage.input.shape == stage.average.shape:
                 frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
                                ("estimate", stage.average, "")])
     except FloatingPointError as error:
