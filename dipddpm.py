@@ -571,13 +571,13 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     cropped = o.method in ("staged", "adapt") and o.stop in ("holdout", "fixed")
     if pixels > WHOLE_PIXELS and cropped and o.input != "fixed":
         values.update(iters=1000, rungs=8, crop=64, tail=0.0)
-    if o.stop in ("wmv", "emv"):
-        values.update(rungs=o.iters or values["iters"])         # these rules look at every step
     if o.stop != "holdout" or o.target in ("plain", "noisy"):
         values.update(tail=0.0)                                 # other targets overfit in a tail
     if o.optimiser not in (None, values["optimiser"]):
         values.update(lr=0.05 if o.optimiser == "muon" else 0.01)
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
+    if o.stop in ("wmv", "emv"):        # these rules look at every step of the whole photo
+        return replace(o, rungs=o.iters, crop=0)
     return replace(o, rungs=min(o.rungs, o.iters))
 
 def ladder(o: Settings) -> list[tuple[float, int]]:
@@ -647,6 +647,7 @@ def random_crops(layers: Tensor, task: Task, side: int, gen: torch.Generator) ->
 @dataclass
 class Stage:
     """What a rung of the ladder leaves behind. Images are N x C x H x W, in [-1, 1]."""
+    number: int                     # of the network, from 0
     step: int                       # of all networks so far
     level: float                    # the noise in the network's input, in units of [-1, 1]
     input: Tensor                   # what the network saw, gave, and was compared with at last
@@ -665,7 +666,7 @@ class Fit:
     def __init__(self, o: Settings, y: Tensor, task: Task, gen: torch.Generator, prior, tick, done):
         self.o, self.gen, self.prior, self.tick = o, gen, prior, tick
         self.step = 0
-        self.steps_before, self.seconds = done      # of the networks before
+        self.number, self.steps_before, self.seconds = done     # networks before, their steps
         channels = y.shape[1]
         size = task.pinv(y).shape[2:]
         self.z = torch.rand((1, 32, *size), generator=gen).to(y) / 10
@@ -716,7 +717,7 @@ class Fit:
             mse = view.mse(output, target).item()
             output = output.detach()
             step = self.steps_before + self.step
-            yield Stage(step, level, z, output, target, mse, average, self.seconds)
+            yield Stage(self.number, step, level, z, output, target, mse, average, self.seconds)
 
     def watch(self, stages: Iterator[Stage], judge) -> Iterator[Stage]:
         """Score each stage, and keep the best one, its rung and its weights, until patience ends.
@@ -729,7 +730,7 @@ class Fit:
             stage.scores = {"fixed": -stage.step}
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
-            if not o.crop:
+            if o.rungs == o.iters and not o.crop:       # these rules look at every step
                 stage.scores.update(variance.update(stage.output))
             scores.append(stage.scores[o.stop])
             self.best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
@@ -823,7 +824,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=no_t
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     first_guess = seen_task.interpolate(seen)
     answers, blind = [], []     # of each network: its answer, and its estimate before the tail
-    done = (0, 0.0)             # steps and seconds
+    done = (0, 0, 0.0)          # networks, their steps and seconds
     for n in range(o.nets):
         if o.method == "adapt" and n > 0:
             o = complete(replace(given, method="staged"), task, y, brief)   # now hourglasses
@@ -844,10 +845,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=no_t
             yield replace(tail, stop_step=stage.stop_step, risk=stage.risk, answer=stage.answer)
         answers.append(task.keep_known(answer, y))
         blind.append(fit.best.average)
-        done = (fit.steps_before + fit.step, fit.seconds)
+        done = (n + 1, fit.steps_before + fit.step, fit.seconds)
         if judge is not None:
             stage.risk = judge(mean_image(blind))
-        stage = replace(stage, step=done[0], seconds=done[1], average=answers[-1])
+        stage = replace(stage, step=done[1], seconds=done[2], average=answers[-1])
         yield replace(stage, answer=mean_image(answers), scores={}, mse=math.nan)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
@@ -1384,13 +1385,14 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
         for stage in fit_dip(y, task, prior, **settings):
             noise = stage.level * 127.5
             bar.text = f"noise {noise:.0f}"
-            row = dict(step=stage.step, seconds=stage.seconds, noise=noise, **stage.scores)
+            row = dict(network=stage.number, step=stage.step, seconds=stage.seconds, noise=noise)
+            row.update(stage.scores)
             row["psnr"], row["ssim"] = quality(stage.average, x)
             row["psnr_newest"], _ = quality(stage.output, x)
             row["psnr_target"] = in_db(stage.mse)
             row["psnr_risk"] = in_db(stage.scores.get("holdout", -1.0))
             rows.append(row)
-            if stage.step <= o.iters and stage.input.shape == stage.average.shape:
+            if stage.number == 0 and stage.input.shape == stage.average.shape:
                 frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
                                ("estimate", stage.average, "")])
     except FloatingPointError as error:
@@ -1405,7 +1407,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk,
                    seconds=stage.seconds, interrupted=interrupted)
     # What each rule takes from the path of the first network; the oracle sees the clean image.
-    path = [row for row in rows if "fixed" in row and row["step"] <= o.iters]
+    path = [row for row in rows if "fixed" in row and row["network"] == 0]
     if x is not None:
         metrics["psnr_oracle"] = max(row["psnr"] for row in path)
         for rule in ("holdout", "wmv", "emv"):
@@ -2007,6 +2009,8 @@ def refuse_idle_flags(args):
         idle["input"] = "as fixed: a trained DDPM cannot denoise the fixed z"
     if method not in ("staged", "adapt") or source == "fixed" or args.stop in ("wmv", "emv"):
         idle["crop"] = "with this method, input or stop"
+    if args.stop in ("wmv", "emv"):
+        idle["rungs"] = "with --stop wmv or emv, which look at every step"
     if method == "adapt" and args.nets in (None, 1):
         idle.update(dict.fromkeys(("width", "depth"), "with --method adapt"))
     if args.command == "fit-dip" and method not in ("adapt", "guide"):
