@@ -38,9 +38,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
-# Before torch is loaded: a waiting thread sleeps, so that a busy machine does not stall a fit, and
-# sums are taken in one order, so that the same seed gives the same bytes.
+# Before torch is loaded: a waiting thread spins for a moment and then sleeps, so that a busy
+# machine does not stall a fit; and sums are taken in one order: the same seed, the same bytes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import numpy as np
