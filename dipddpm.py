@@ -565,7 +565,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     else:
         values.update(iters=1000)
     if brief:
-        values.update(iters=values["iters"] // 2, nets=1)
+        values.update(iters=values["iters"] * 5 // 8, nets=1)
     pixels = y.shape[2] * y.shape[3] * task.scale ** 2
     if pixels > TWO_NETS_PIXELS:
         values.update(nets=1)
