@@ -81,6 +81,7 @@ class NoiseSchedule:
             betas = 1 - f[1:] / f[:-1]
         else:
             raise ValueError(f"schedule must be 'linear' or 'cosine', not {kind!r}")
+        # beta_0 = 0 is put in front, so that index t is time t and abar[0] = 1 is the clean image.
         self.betas = F.pad(betas.clamp(max=0.999), (1, 0))
         self.abar = torch.cumprod(1 - self.betas, 0)
         self.sigma = ((1 - self.abar) / self.abar).sqrt()
@@ -117,6 +118,7 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, right, 0, below), mode=mode)
 
 def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Module:
+    """Convolution, BatchNorm, LeakyReLU: the brick of the DIP's network."""
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.LeakyReLU(0.2, inplace=True))
 
@@ -140,6 +142,7 @@ class SkipNet(nn.Module):
         self.out = nn.Conv2d(width, cout, 1)
 
     def forward(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+        """Down to a sixteenth of the size, at depth 4, and up again past the skip connections."""
         height, width = x.shape[-2:]
         x = pad_to(x, 2 ** len(self.down))
         skips = []
@@ -168,6 +171,7 @@ class ResBlock(nn.Module):
         self.short = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: N x cin x H x W, emb: N x emb, to N x cout x H x W."""
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
         hidden = F.relu(self.conv1(x) * (1 + scale) + shift)
         return self.short(x) + self.conv2(hidden)
@@ -195,6 +199,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The noise eps in x = x_t, as the network sees it."""
         height, width = x.shape[-2:]
         emb = self.time(timestep_embedding(t, self.width))
         x = pad_to(x, self.fold * 2 ** (len(self.enc) - 1))
@@ -298,6 +303,7 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     count = max(1, round(0.1 * known.sum().item()))
     side = max(1, min(hole_side(known), int(count ** 0.5)))
     rows, columns = math.ceil(y.shape[2] / side), math.ceil(y.shape[3] / side)
+    # Each square draws a lot; the known pixels with the highest lots are the judges.
     squares = torch.rand((1, 1, rows, columns), generator=gen).to(y)
     lots = F.interpolate(squares, scale_factor=float(side))
     lots = (lots[..., :y.shape[2], :y.shape[3]] + 1e-3) * known
@@ -317,6 +323,7 @@ def hole_side(mask: Tensor) -> int:
     """The side of a square that is as deep as the mask's holes; 1 if these are scattered pixels."""
     depth = 0.0
     reached = mask
+    # Known pixels grow by one ring at a time; the mean number of rings is the depth.
     while 0 < reached.mean() < 1:
         depth += ((1 - reached).sum() / (1 - mask).sum()).item()
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
@@ -341,6 +348,7 @@ class Prior(nn.Module):
         self.schedule = NoiseSchedule(config["T"], config["schedule"])
         loss = state["eps_loss"][None, 1:self.t_max + 1]
         loss = F.avg_pool1d(loss, 31, stride=1, padding=15, count_include_pad=False)
+        # Times that were not trained count as unknown: an eps of no information has loss 1.
         loss = F.pad(loss[0], (1, config["T"] - self.t_max), value=1.0)
         self.r2 = self.schedule.sigma ** 2 * loss
 
@@ -381,6 +389,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step along the orthogonalised momentum of each filter."""
         group = self.param_groups[0]
         by_shape = {}
         for p in group["params"]:
@@ -430,6 +439,7 @@ class Uninterrupted:
         self.before = signal.signal(signal.SIGINT, self.ask)
 
     def ask(self, *_):
+        """What Ctrl-C does in the block."""
         self.asked = True
 
     def __exit__(self, *_):
@@ -460,6 +470,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         xt = q_sample(schedule, x0, t, eps)
         losses = ((model(xt, t.to(device)) - eps) ** 2).mean(dim=(1, 2, 3))   # Ho et al. eq. 14
         model.zero_grad()
+        # Processes average their gradients: this weight makes unequal shares count by patches.
         (losses.sum() * world / config["batch"]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses = losses.detach().cpu()
@@ -803,6 +814,7 @@ def stop_at(scores: list[float], patience: int) -> tuple[int, bool]:
     return best, False
 
 def mean_image(images: list[Tensor]) -> Tensor:
+    """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
 def no_tick():
@@ -948,6 +960,7 @@ def features(x: Tensor, network=None) -> Tensor:
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Distance of the Gaussians fitted to two sets of features, N x D (Heusel et al. 2017)."""
+    # The trace of the root of cov_a cov_b is that of the root of a symmetric matrix.
     cov_a = a.T.cov(correction=min(1, len(a) - 1))
     cov_b = b.T.cov(correction=min(1, len(b) - 1))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -1114,6 +1127,7 @@ def save_gif(path: str, frames: list, milliseconds: int):
 
 @dataclass
 class Curve:
+    """One curve of a plot, and its name in the legend."""
     label: str
     x: list
     y: list                             # None and NaN are gaps
@@ -1219,6 +1233,7 @@ class Progress:
         self.closed = False
 
     def step(self):
+        """To be called after each step of the loop."""
         self.count += 1
         self.seconds = time.monotonic() - self.begin
         if self.count == 1:
@@ -1230,6 +1245,7 @@ class Progress:
             self.show()
 
     def show(self):
+        """Print where the loop stands, how fast it is, and the time that is left."""
         self.shown = self.seconds
         rate = max(self.count - 1, 1) / max(self.seconds - self.first, 1e-9)
         left = clock((self.total - self.count) / rate)
@@ -1409,6 +1425,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
                    seconds=stage.seconds, interrupted=interrupted)
     # What each rule takes from the path of the first network; the oracle sees the clean image.
     path = [row for row in rows if "fixed" in row and row["network"] == 0]
+    # Only the numbers below need the clean photo; none of them goes back into a fit.
     if x is not None:
         metrics["psnr_oracle"] = max(row["psnr"] for row in path)
         for rule in ("holdout", "wmv", "emv"):
@@ -1448,6 +1465,7 @@ class ReversePath:
         self.bar = Progress(steps, "DDPM")
 
     def watch(self, x0: Tensor):
+        """To be called with each x_0, after the join."""
         self.bar.step()
         self.x0 = x0
         row = dict(call=self.bar.count, seconds=self.bar.seconds, mean=None)
@@ -1854,6 +1872,7 @@ def cmd_evaluate(args) -> int:
     if args.quick and args.size:
         fail("--size: it has no effect with --quick; leave it out")
     photos = find_photos(args.images, "--images")
+    # A bad arm is found here, before the first fit; a bad photo, or a fit that diverges, later.
     arms = suite_arms(args, photos[0])
     shared = ["--size", str(args.size or 128), "--device", args.device.type]
     if args.bf16:
@@ -1901,6 +1920,7 @@ def in_range(kind, low: float, high: float, text: str):
     return value
 
 def number_or_auto(low: int, high: int, text: str):
+    """An argparse type: a whole number within the limits, or None for 'auto'."""
     if text == "auto":
         return None
     return in_range(int, low, high, text)
@@ -1919,6 +1939,7 @@ def add_settings(parser, kind):
             parser.add_argument(flag, type=partial(in_range, f.type, *allowed), help=text)
 
 def make_parser() -> argparse.ArgumentParser:
+    """The four commands and their flags. In the help, brackets hold what is taken by default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = commands.add_parser("fit-dip", help="fit a DIP to a photo; it stops by itself")
@@ -2047,6 +2068,7 @@ def run(args) -> int:
     """Run a parsed command; returns the exit code."""
     save(os.path.join(args.out, ".writable"), b"")
     os.remove(os.path.join(args.out, ".writable"))
+    # The folder can be written to. In bfloat16, only the networks' products are.
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         if args.command in ("fit-dip", "sample"):
             return each_photo(args, fit_one if args.command == "fit-dip" else sample_one)
