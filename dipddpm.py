@@ -681,7 +681,9 @@ class Fit:
         self.number, self.steps_before, self.seconds = done     # networks before, their steps
         channels = y.shape[1]
         size = task.pinv(y).shape[2:]
-        self.z = torch.rand((1, 32, *size), generator=gen).to(y) / 10
+        self.z = None
+        if not o.crop:              # the fixed input; methods that have none draw it all the same
+            self.z = torch.rand((1, 32, *size), generator=gen).to(y) / 10
         if o.method == "adapt":
             net = copy.deepcopy(prior)
         elif o.input == "fixed":
@@ -924,6 +926,16 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError("ssim needs images of at least 11 x 11 pixels")
+    rows = a.shape[-2] - 10
+    total = 0.0
+    for top in range(0, rows, 256):             # in bands, for bounded memory
+        band = slice(top, min(top + 256, rows) + 10)
+        similar = similarity(a[..., band, :], b[..., band, :], data_range)
+        total += similar.mean().item() * similar.shape[-2] / rows
+    return total
+
+def similarity(a: Tensor, b: Tensor, data_range: float) -> Tensor:
+    """The map of which SSIM is the mean, in float64: (N C) x 1 x (H - 10) x (W - 10)."""
     a = a.cpu().double().flatten(0, 1)[:, None]
     b = b.cpu().double().flatten(0, 1)[:, None]
     offsets = torch.arange(-5, 6, dtype=a.dtype)
@@ -934,7 +946,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     likeness = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
     spread = (mean_a ** 2 + mean_b ** 2 + c1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c2)
-    return (likeness / spread).mean().item()
+    return likeness / spread
 
 def quality(xhat: Tensor | None, x: Tensor | None) -> tuple:
     """(PSNR, SSIM) of an estimate to the clean image, each None where it cannot be known."""

@@ -958,6 +958,13 @@ def test_psnr_and_ssim_golden():
     with pytest.raises(ValueError):
         D.ssim(a[..., :10], b[..., :10], 1.0)
 
+def test_ssim_of_a_tall_picture_is_the_mean_of_its_map():
+    """In bands, each of which gives its rows of the map, none twice."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(1, 1, 700, 15, generator=g)
+    b = a + 0.1 * torch.rand(a.shape, generator=g)
+    assert D.ssim(a, b, 1.0) == pytest.approx(D.similarity(a, b, 1.0).mean().item(), rel=1e-9)
+
 def test_ssim_equals_scikit_image():
     metrics = pytest.importorskip("skimage.metrics")
     a, b = two_images()
