@@ -378,7 +378,8 @@ def make_optimisers(net: nn.Module, muon_lr: float | None, adam_lr: float) -> li
             matrices.append(matrix)
         else:
             others.append(p)
-    muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.9, weight_decay=0)
+    # Three Newton-Schulz steps in place of five: a fit takes a tenth less time, and is as good.
+    muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.9, weight_decay=0, ns_steps=3)
     return [muon, torch.optim.Adam(others, lr=adam_lr)]
 
 def step_all(optimisers: list, factor: float):
@@ -528,7 +529,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     o = replace(o, input=o.input or source, target=o.target or aim)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, tail=0.0, optimiser="adam", lr=0.01)
     if o.method == "staged" and noisy:
-        values.update(iters=250, nets=2, optimiser="muon", lr=0.05, tail=0.25)
+        values.update(iters=250, nets=2, high=2.0, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged" and task.scale == 1:
         values.update(iters=200, nets=2, optimiser="muon", lr=0.05)
     elif o.method == "staged":          # here Muon was 0.7 dB below Adam (BSDS, superres:4)
@@ -1311,7 +1312,7 @@ def cmd_sample(args):
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     start = task.interpolate(y)
     noise = task.sigma
-    risk = max(task.sigma, GUESS) ** 2
+    risk = (task.sigma or GUESS) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
@@ -1430,7 +1431,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     config = {name: getattr(args, name) for name in CONFIG} | dict(channels=channels)
     if args.t_max is None:
         config["t_max"] = 1000
-        if args.prior == "dip":                 # the first rung at noise 25: a = 3, sigma = 0.2
+        if args.prior == "dip":                 # the first rung without noise: a = 3, unit 0.2
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(0.6 ** 2)
     if args.resume:
         state = attempt("--resume", path, "begin without --resume", read_checkpoint)
@@ -1684,9 +1685,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
-    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 172, the first rung)")
+    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 172)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
-    add("--steps", type=partial(whole, 10 ** 8), default=600, help="in all (600)")
+    add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")
     add("--patch", type=partial(whole, 1024), default=48, help="their side in pixels (48)")
     add("--width", type=partial(whole, 1024), default=48, help="channels of the network, even (48)")
