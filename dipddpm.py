@@ -665,10 +665,11 @@ class Fit:
         else:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
-        # Of a large photo the averaged network is asked; of others, outputs are averaged.
-        self.averaged = None
-        if in_windows(o, y, task):
-            self.averaged = copy.deepcopy(self.net).eval()
+        # Of a photo that is seen whole, outputs are averaged; of others, the network's weights.
+        self.windowed = in_windows(o, y, task)
+        self.judged = self.net
+        if self.windowed:
+            self.judged = copy.deepcopy(self.net).eval()
         if o.optimiser == "muon":
             self.optimisers = make_optimisers(self.net, o.lr, 0.01)
         else:
@@ -686,7 +687,7 @@ class Fit:
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
             part, seen, view = base, y, task
             for step in range(steps):
-                if self.averaged:
+                if self.windowed:
                     places = random_windows(y, WINDOW // scale, self.gen)
                     part = cut(base, places, scale)
                     seen = cut(y, places)
@@ -699,12 +700,12 @@ class Fit:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z, g), level), g)
                 self.learn(fit_loss(o, output, target, view, level, self.prior))
-                if not self.averaged:
+                if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
                     self.tick()
-            if self.averaged:
-                average = self.look(base, task.sigma or o.low * FREE_UNIT)
+            if self.windowed:
+                average = self.look(y, task, average)
             average = task.keep_known(average, y)
             mse = view.mse(output, target).item()
             yield Stage(self.step, level, z, output.detach(), target, mse, average)
@@ -713,11 +714,14 @@ class Fit:
         """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
         return max(0.01, min(1, 5 / self.step))
 
-    def look(self, base: Tensor, level: float) -> Tensor:
+    def look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
         """The averaged network's estimate of a large photo, tile by tile, in four turns."""
+        if self.o.input == "observed":
+            average = task.interpolate(y)
+        level = task.sigma or self.o.low * FREE_UNIT
         views = []
         for g in range(4):
-            views.append(turned_back(tiled(self.averaged, turned(base, g), level), g))
+            views.append(turned_back(tiled(self.judged, turned(average, g), level), g))
         return mean_image(views)
 
     def learn(self, loss: Tensor):
@@ -729,8 +733,8 @@ class Fit:
         if self.o.optimiser == "muon":
             rate *= 1 - 0.9 * min(1, self.step / self.o.iters)
         step_all(self.optimisers, rate)
-        if self.averaged:
-            update_ema(self.averaged, self.net, self.share())
+        if self.windowed:
+            update_ema(self.judged, self.net, self.share())
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
@@ -795,15 +799,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
             if best_rung == len(scores) - 1:
                 best = stage
-                weights = copy.deepcopy(fit.net.state_dict())
+                weights = copy.deepcopy(fit.judged.state_dict())
             found = dict(number=number, stop_step=steps + best.step)
             found["risk"] = best.scores.get("holdout", math.nan)
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
             if ended:
                 break
-        fit.net.load_state_dict(weights)
+        fit.judged.load_state_dict(weights)
         answer = best.average
+        if fit.windowed:                # this look is the tail: it sees all of y
+            answer = fit.look(y, task, answer)
         for stage in fit.descend(y, task, rungs[watched:], answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
@@ -960,7 +966,7 @@ def save(path: str, value):
             value.save(part, "PNG")
         elif path.endswith(".gif"):
             times = [150] * (len(value) - 1) + [1500]
-            first, *rest = value
+            first, *rest = [frame.quantize(64, dither=0) for frame in value]
             first.save(part, "GIF", save_all=True, append_images=rest, duration=times, loop=0)
         else:
             # NaN and inf, which JSON does not know, become null, in CSV an empty cell.
