@@ -868,7 +868,7 @@ def test_windows_without_noise(windows, scale):
     known = (torch.rand(1, 1, 64, 64, generator=D.stream(0, D.OBSERVE)) > 0.5).float()
     task = D.Task("free", 0.0, scale, known if scale == 1 else torch.tensor(1.0))
     y = task.forward(x)
-    *_, last = D.fit_dip(y, task, iters=160, **WINDOWS)
+    *_, last = D.fit_dip(y, task, iters=400, **WINDOWS)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5) and last.answer.shape == x.shape
     _, seen_task, judge = D.hold_out(y, task, D.stream(0, D.FIT))
     assert 0 < last.risk < judge(0 * x)
