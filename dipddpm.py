@@ -1052,6 +1052,12 @@ def on_axis(values: list, log: bool) -> np.ndarray:
         values = np.log10(np.where(values > 0, values, np.nan))
     return np.where(np.isfinite(values), values, np.nan)
 
+def round_numbers(low: float, high: float) -> list:
+    """Three to eight numbers between low and high, in steps of 1, 2 or 5 times a power of ten."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
 def axis_ticks(values: np.ndarray, log: bool) -> tuple:
     """((low, high), the places of the ticks, their labels) of an axis that holds all values."""
     values = values[np.isfinite(values)]
@@ -1059,12 +1065,16 @@ def axis_ticks(values: np.ndarray, log: bool) -> tuple:
         values = np.zeros(1)
     room = 0.04 * np.ptp(values) or 0.5
     low, high = values.min() - room, values.max() + room
-    # Three to eight round places: steps of 1, 2 or 5 times a power of ten.
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3)
-    places = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-    labels = [f"{10 ** place:.4g}" if log else f"{round(place, 9):g}" for place in places]
-    return (low, high), places, labels
+    if not log:
+        numbers = round_numbers(low, high)
+    elif high - low < 0.7:
+        numbers = round_numbers(10 ** low, 10 ** high)
+    else:
+        factors = (1, 2, 5) if high - low < 3 else (1,)         # of each power of ten
+        powers = range(math.floor(low), math.ceil(high))
+        numbers = [factor * 10.0 ** power for power in powers for factor in factors]
+        numbers = [number for number in numbers if low <= math.log10(number) <= high]
+    return (low, high), on_axis(numbers, log), [f"{round(number, 9):.6g}" for number in numbers]
 
 def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=False, mark=None):
     """Curves (name, xs, ys), or dots where the name begins with a dot, as a picture of 900 pixels.
