@@ -14,6 +14,7 @@ Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where
     A, A^+         what the observation kept of the image, and its pseudo-inverse
     abar_t         the signal's share: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     sigma_t        sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
+    eps, n; w      white noise of level 1; fresh noise of the level that y has
     a              a rung of the ladder; z1 = y + a w and z2 = y - w / a are its conjugate pair
     R, r_t^2       mean squared error of the DIP (held-out risk) and of the DDPM's x_0 at time t
 """
@@ -214,7 +215,7 @@ class UNet(nn.Module):
 
 @torch.no_grad()
 def tiled(network, x: Tensor, *more, side: int = 768, margin: int = 96) -> Tensor:
-    """network(x, *more) tile by tile, in bounded memory; the margin is as far as networks look."""
+    """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
     out = torch.empty_like(x)
     for top in range(0, x.shape[2], side):
         for left in range(0, x.shape[3], side):
@@ -388,13 +389,18 @@ def step_all(optimisers: list, factor: float):
         optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
         optimiser.step()
 
+def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a random square of an image; all of it, where it is smaller."""
+    top = int(torch.randint(max(1, image.shape[-2] - side + 1), (), generator=gen))
+    left = int(torch.randint(max(1, image.shape[-1] - side + 1), (), generator=gen))
+    return slice(top, top + side), slice(left, left + side)
+
 def random_patches(images: list, count: int, side: int, gen: torch.Generator) -> Tensor:
-    """Random crops of some C x H x W images: count x C x side x side."""
+    """Random squares of some C x H x W images: count x C x side x side."""
     patches = []
     for i in torch.randint(len(images), (count,), generator=gen).tolist():
-        top = int(torch.randint(images[i].shape[1] - side + 1, (), generator=gen))
-        left = int(torch.randint(images[i].shape[2] - side + 1, (), generator=gen))
-        patches.append(images[i][:, top:top + side, left:left + side])
+        rows, columns = random_place(images[i], side, gen)
+        patches.append(images[i][:, rows, columns])
     return torch.stack(patches)
 
 @torch.no_grad()
@@ -490,7 +496,7 @@ METHODS = {     # what the network sees, and what its output is compared with
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TWO_NETS_PIXELS = 256 ** 2      # for larger photos one network is enough, to save time
 WHOLE_PIXELS = 800 ** 2         # of those larger still a step sees windows, in bounded memory
-WINDOW = 64                     # their side in pixels
+WINDOW = 64                     # the side of each of its 16, in pixels
 PATIENCE = 1000                 # steps without a better score that end a fit
 
 def setting(default, help: str, allowed):
@@ -578,7 +584,7 @@ def turned_back(x: Tensor, g: int) -> Tensor:
     return turned(x, g if g > 3 else -g % 4)
 
 def noisy_input(o: Settings, base: Tensor, a: float, w: Tensor, sigma: float) -> tuple:
-    """(z1, the level of the noise in it): what the network sees."""
+    """What the network sees, z1 or the fixed z, and the level of the noise in it."""
     if o.input == "fixed":
         return base + torch.randn_like(base) / 30, 1 / 30                     # Ulyanov et al.
     level = a * (sigma or FREE_UNIT)
@@ -587,7 +593,7 @@ def noisy_input(o: Settings, base: Tensor, a: float, w: Tensor, sigma: float) ->
     return base + a * w, level
 
 def noisy_target(o: Settings, y: Tensor, a: float, w: Tensor, task: Task) -> Tensor:
-    """z2, in the domain of y: what the output is compared with."""
+    """What the output is compared with, in the domain of y: z2, a noisier y, or y."""
     if o.target == "conjugate" and task.sigma > 0:
         return y - w / a                                    # given x, independent of z1
     if o.target == "noisy":
@@ -610,15 +616,6 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
         raise FloatingPointError("the loss is not finite")
     return loss
 
-def random_windows(y: Tensor, side: int, gen: torch.Generator) -> list:
-    """Places of 16 windows of side x side pixels of y: (rows, columns), as slices."""
-    places = []
-    for _ in range(16):
-        top = int(torch.randint(max(1, y.shape[2] - side + 1), (), generator=gen))
-        left = int(torch.randint(max(1, y.shape[3] - side + 1), (), generator=gen))
-        places.append((slice(top, top + side), slice(left, left + side)))
-    return places
-
 def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
     """The windows of an image as a batch; scale = s for an image on the grid of x, not of y."""
     if scale > 1:
@@ -638,9 +635,9 @@ class Stage:
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
-    answer: Tensor | None = None    # the best estimate so far, meaned with the networks before
-    stop_step: int = 0              # the step at which it was found, and its held-out risk R
-    risk: float = math.nan
+    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far
+    risk: float = math.nan          # R of the answer, before it saw what was held out
+    stop_step: int = 0              # where the newest network was best
 
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
@@ -670,36 +667,35 @@ class Fit:
         self.judged = self.net
         if self.windowed:
             self.judged = copy.deepcopy(self.net).eval()
-        if o.optimiser == "muon":
-            self.optimisers = make_optimisers(self.net, o.lr, 0.01)
-        else:
-            self.optimisers = make_optimisers(self.net, None, o.lr)
+        rates = (o.lr, 0.01) if o.optimiser == "muon" else (None, o.lr)
+        self.optimisers = make_optimisers(self.net, *rates)
 
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o, scale = self.o, task.scale
         unit = task.sigma or FREE_UNIT
         mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
-        # Theorem 3 holds for every turn of the conjugate pair; other targets are not turned.
+        # The pair may be turned (Theorem 3 of report.md); other targets are not.
         turning = o.turns and o.target == "conjugate" and task.sigma > 0
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
-            part, seen, view = base, y, task
+            base_part, y_part, task_part = base, y, task
             for step in range(steps):
                 if self.windowed:
-                    places = random_windows(y, WINDOW // scale, self.gen)
-                    part = cut(base, places, scale)
-                    seen = cut(y, places)
-                    view = replace(task, mask=cut(mask, places))
+                    places = [random_place(y, WINDOW // scale, self.gen) for _ in range(16)]
+                    base_part = cut(base, places, scale)
+                    y_part = cut(y, places)
+                    task_part = replace(task, mask=cut(mask, places))
                 if o.fresh or step == 0:
-                    w = unit * torch.randn(view.pinv(seen).shape, generator=self.gen).to(y)
-                z, level = noisy_input(o, part, a, w, task.sigma)           # z1 = y + a w
-                target = noisy_target(o, seen, a, w, view)                  # z2 = y - w / a
+                    shape = task_part.pinv(y_part).shape
+                    w = unit * torch.randn(shape, generator=self.gen).to(y)
+                z, level = noisy_input(o, base_part, a, w, task.sigma)      # z1 = y + a w
+                target = noisy_target(o, y_part, a, w, task_part)           # z2 = y - w / a
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z, g), level), g)
-                self.learn(fit_loss(o, output, target, view, level, self.prior))
+                self.learn(fit_loss(o, output, target, task_part, level, self.prior))
                 if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
@@ -707,7 +703,7 @@ class Fit:
             if self.windowed:
                 average = self.look(y, task, average)
             average = task.keep_known(average, y)
-            mse = view.mse(output, target).item()
+            mse = task_part.mse(output, target).item()
             yield Stage(self.step, level, z, output.detach(), target, mse, average)
 
     def share(self) -> float:
@@ -793,7 +789,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
-            if o.rungs == o.iters:                          # these rules look at every step
+            if o.rungs == o.iters:              # each step is a stage, as these rules want it
                 stage.scores.update(variance.update(stage.output))
             scores.append(stage.scores[o.stop])
             best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
@@ -801,7 +797,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
                 best = stage
                 weights = copy.deepcopy(fit.judged.state_dict())
             found = dict(number=number, stop_step=steps + best.step)
-            found["risk"] = best.scores.get("holdout", math.nan)
+            if judge is not None:
+                found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
             if ended:
@@ -823,7 +820,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
 # Lesson 3. The DDPM begins at the DIP's estimate, at the t0 whose noise hides the error of that
-# estimate, and needs some ten calls in place of hundreds. At each the two are averaged by
+# estimate, and needs some twenty calls in place of hundreds. At each the two are averaged by
 # precision. A DIP that underfits is wrong where it knows least, and there no t0 helps: the gain
 # over the same seconds of DIP alone is small. To run it: `dipddpm.py sample --init dip`.
 
@@ -1055,7 +1052,7 @@ def on_axis(values: list, log: bool) -> np.ndarray:
 def round_numbers(low: float, high: float) -> list:
     """Three to eight numbers between low and high, in steps of 1, 2 or 5 times a power of ten."""
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3)
+    step *= max([1] + [factor for factor in (2, 5) if (high - low) / (factor * step) >= 3])
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 def axis_ticks(values: np.ndarray, log: bool) -> tuple:
@@ -1138,7 +1135,7 @@ class Progress:
         if self.seconds >= self.next:
             self.next = self.seconds + min(60, self.seconds)
             left = clock((self.total - self.count) * self.seconds / self.count)
-            say(f"{self.what} {self.count}/{self.total}, {left} left, {self.text}")
+            say(f"{self.what} {self.count}/{self.total}, {left} left {self.text}")
 
 # ---- 9. The commands ----------------------------------------------------------------------------
 
@@ -1179,16 +1176,16 @@ def observe(args) -> tuple:
     task = Task(args.task)
     if name == "superres":
         task.scale = int(value)
-    unit = 1 if args.observed else task.scale
-    size = [min(n, args.size or n) // unit * unit for n in image.shape[2:]]
+    block = 1 if args.observed else task.scale
+    size = [min(n, args.size or n) // block * block for n in image.shape[2:]]
     if min(size) == 0:
-        fail(f"--image: {args.image} is too small for {args.task}: it needs {unit} pixels a side")
+        fail(f"--image: {args.image} is too small for {args.task}: it needs {block} pixels a side")
     x = centre(image, size)
     if args.mask:
         mask = load_image(args.mask, "--mask").to(image)
         if mask.shape[2:] != image.shape[2:]:
             fail("--mask: it has another size than the photo; white = known pixels")
-        task.mask = (centre(mask, size)[:, :1] > -1).float()
+        task.mask = (centre(mask, size).mean(dim=1, keepdim=True) > 0).float()
         if task.mask.mean() in (0, 1):
             fail("--mask: all is known, or nothing; white = known pixels, black = missing")
     elif name == "inpaint":
@@ -1246,7 +1243,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, metrics: dict):
     save(os.path.join(args.out, "metrics.json"), metrics)
     say(f"{text} -> {os.path.join(args.out, 'figure.png')}")
     if metrics["interrupted"]:
-        say("interrupted: this is the best so far; the same command begins anew")
+        say("interrupted: this is the best so far")
         raise KeyboardInterrupt
 
 def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
@@ -1272,7 +1269,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             row["psnr"], row["ssim"] = quality(stage.average, x)
             row["psnr_newest"], _ = quality(stage.output, x)
             row["psnr_target"] = in_db(stage.mse)
-            row["psnr_risk"] = in_db(stage.scores.get("holdout", -1.0))
+            row["psnr_risk"] = in_db(stage.scores.get("holdout", math.nan))
             rows.append(row | stage.scores)
             if stage.number == 0 and stage.input.shape == stage.average.shape:
                 frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
@@ -1290,9 +1287,10 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     path = [row for row in rows if row["network"] == 0 and "fixed" in row]
     if x is not None:
         metrics["psnr_oracle"] = max(row["psnr"] for row in path)
-        for rule in {"holdout", "wmv", "emv"} & set(path[0]):
-            index, _ = stop_at([row[rule] for row in path])
-            metrics[f"psnr_{rule}"] = path[index]["psnr"]
+        for rule in ("holdout", "wmv", "emv"):
+            if rule in path[0]:
+                index, _ = stop_at([row[rule] for row in path])
+                metrics[f"psnr_{rule}"] = path[index]["psnr"]
     return stage, rows, frames, metrics
 
 def cmd_fit_dip(args):
@@ -1357,7 +1355,10 @@ def cmd_sample(args):
         samples = start                 # what there is so far
         metrics["interrupted"] = True
     mean = samples.mean(dim=0, keepdim=True)
-    panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
+    if metrics["interrupted"]:
+        panels.append(("start", start))
+    else:
+        panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
     if not task.mask.any():             # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     metrics["psnr_mean"], _ = quality(mean, x)
@@ -1385,9 +1386,11 @@ def prior_path(args) -> str | None:
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    if not args.ckpt and not os.path.exists(path):
+    folder, name = os.path.split(path)
+    default = folder == os.path.join("runs", "train") and name in ("none.pt", "dip.pt")
+    if default and not os.path.exists(path):
         train_default_prior(path, args.device.type)
-    prior = Prior(attempt("--ckpt", path, "train a prior with train", read_checkpoint))
+    _, prior = attempt("--ckpt", path, "train a prior with train", read_checkpoint)
     if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
@@ -1396,11 +1399,10 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint from which a Prior can be made."""
+def read_checkpoint(path: str) -> tuple[dict, Prior]:
+    """A checkpoint, and the Prior that is made from it."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    Prior(state)
-    return state
+    return state, Prior(state)
 
 def train_default_prior(path: str, device: str):
     """Train in a folder of its own, which two processes cannot enter at once; it can be resumed."""
@@ -1450,7 +1452,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
         if args.prior == "dip":                 # the first rung without noise: a = 3, unit 0.2
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(0.6 ** 2)
     if args.resume:
-        state = attempt("--resume", path, "begin without --resume", read_checkpoint)
+        state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
             began = state["config"].get(name)
             if value != began:
@@ -1468,6 +1470,8 @@ def cmd_train(args):
     if "TORCHELASTIC_RUN_ID" in os.environ:         # under torchrun
         torch.distributed.init_process_group()
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if args.width % 2:
+        fail("--width: the embedding of t needs an even one")
     if args.batch < world:
         fail(f"--batch: {world} processes share a batch; give {world} or more")
     images = load_data(args.data)
@@ -1500,7 +1504,8 @@ def cmd_train(args):
             save(path, state)
     if rank > 0:
         return
-    loss, label = state["eps_loss"][1:t_max + 1].tolist(), "mean of (eps_theta - eps)^2"
+    loss = state["eps_loss"][1:t_max + 1].tolist()
+    label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
     by_t = ("running mean", list(range(1, t_max + 1)), loss)
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
@@ -1579,20 +1584,23 @@ def find_arms(args, photo: str) -> list:
     if args.arms:
         text = attempt("--arms", args.arms, "name a file of command lines", read_text)
         arms = [line.strip() for line in text.splitlines() if line.strip()]
+    if not arms:
+        fail(f"--arms: {args.arms} is empty; name a file of command lines")
     for arm in arms:
         if arm.split()[0] not in ("fit-dip", "sample"):
             fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
+        if {"--image", "--out"} & set(arm.split()):
+            fail(f"--arms: {arm!r} cannot name --image or --out; evaluate does")
         parse([*arm.split(), "--image", photo])
     return list(dict.fromkeys(arms))
 
-def compare_sets(args, results: dict):
+def compare_sets(args, network, held: list, results: dict):
     """How the results of each arm differ, as a set, from the pictures in --held: sets.csv."""
-    network = attempt("--features", args.features, "give a TorchScript network", torch.jit.load)
-    sets = {"held": find_photos(args.held, "--held")} | results
     found, rows = {}, []
-    for arm, paths in sets.items():
+    for arm, paths in ({"held": held} | results).items():
         images = [load_image(path, "--held").expand(-1, 3, -1, -1) for path in paths]
-        found[arm] = torch.cat([network(image).flatten(1).double() for image in images])
+        with torch.no_grad():
+            found[arm] = torch.cat([network(image).flatten(1).double() for image in images])
         recall, coverage = recall_coverage(found["held"], found[arm])
         distance = frechet(found["held"], found[arm])
         rows.append(dict(arm=arm, n=len(paths), frechet=distance, recall=recall, coverage=coverage))
@@ -1611,15 +1619,19 @@ def cmd_evaluate(args):
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
     photos = find_photos(args.images, "--images")
     arms = find_arms(args, photos[0])
-    if args.quick:
-        if args.size:
-            fail("--size: it has no effect with --quick; leave it out")
-        args.size = 32
-        photos = photos[:1]
-        run(parse(["train", "--steps", "2", "--width", "8", "--out", args.out]))
     shared = ["--size", str(args.size or 128), "--device", args.device.type]
     if args.bf16:
         shared.append("--bf16")
+    if args.quick:
+        photos = photos[:1]
+        shared[1] = "32"
+        prior = os.path.join(args.out, "prior")
+        run(parse(["train", "--steps", "2", "--width", "8", "--out", prior, *shared[2:]]))
+    if args.held:
+        network = attempt("--features", args.features, "give a TorchScript network", torch.jit.load)
+        held = find_photos(args.held, "--held")
+        if min(len(held), len(photos)) < 2:
+            fail("--held: a set has two pictures or more, and so has --images")
     say(f"evaluate: {len(arms)} arms x {len(photos)} photos x {args.seeds} seeds -> {args.out}")
     rows, results, bad = [], {}, []
     for k, photo, arm in itertools.product(range(args.seeds), photos, arms):
@@ -1627,10 +1639,11 @@ def cmd_evaluate(args):
         seed = args.seed + 100 * k
         if args.held:                   # a set of samples needs other noise for each photo
             seed += 100 * args.seeds * photos.index(photo)
-        argv = [*arm.split(), *shared, "--image", photo, "--seed", str(seed)]
+        command, *flags = arm.split()
+        argv = [command, *shared, "--seed", str(seed), *flags, "--image", photo]
         if args.quick:
-            argv += quick_flags(arm, os.path.join(args.out, "none.pt"))
-        out = os.path.join(args.out, folder_name(f"{name} {k}"), folder_name(arm))
+            argv += quick_flags(arm, os.path.join(prior, "none.pt"))
+        out = os.path.join(args.out, folder_name(f"{name} {seed}"), folder_name(arm))
         try:
             rows.append(dict(photo=name, arm=arm) | run_arm(argv, out))
             results.setdefault(arm, []).append(os.path.join(out, "result.png"))
@@ -1640,7 +1653,7 @@ def cmd_evaluate(args):
         save(os.path.join(args.out, f"{args.suite}.csv"), rows)
         say(markdown(rows))
     if args.held and rows:
-        compare_sets(args, results)
+        compare_sets(args, network, held, results)
     if bad:
         fail(f"--arms: not run, see above: {'; '.join(bad)}")
 
@@ -1730,14 +1743,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
-    name, share = parse_task(args.task)
+    name, number = parse_task(args.task)
     method = args.method or "staged"
     source = args.input or METHODS[method][0]
     aim = args.target or METHODS[method][1]
+    if name != "denoise" and aim == "conjugate":
+        aim = "plain"                   # without noise there is no pair
     settings = [f.name for f in fields(Settings)]
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
-        (args.mask and share is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
+        (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
+        (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
         (name != "denoise", ["told", "turns", "hold"], "without noise"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
@@ -1764,7 +1780,8 @@ def parse(argv: list) -> argparse.Namespace:
         args.device = max(have, key=have.get)               # the first that is there
     if not have[args.device]:
         fail(f"--device: there is no {args.device} here; use --device auto")
-    args.device = torch.device(args.device)
+    number = int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else 0     # torchrun's
+    args.device = torch.device(args.device, number)
     if args.command in ("fit-dip", "sample"):
         if args.image is None:
             if args.observed or args.mask:
@@ -1772,8 +1789,11 @@ def parse(argv: list) -> argparse.Namespace:
             args.image = os.path.join(PHOTOS, "test", "astronaut.png")
             args.size = args.size or 128
         refuse_idle_flags(args)
-    if args.command == "evaluate" and bool(args.held) != bool(args.features):
-        fail("--features: it goes with --held; give both, or neither")
+    if args.command == "evaluate":
+        if bool(args.held) != bool(args.features):
+            fail("--features: it goes with --held; give both, or neither")
+        if args.quick and args.size:
+            fail("--size: it has no effect with --quick; leave it out")
     return args
 
 def run(args):
