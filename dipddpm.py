@@ -1818,7 +1818,7 @@ def main(argv: list | None = None) -> int:
         run(parse(sys.argv[1:] if argv is None else list(argv)))
         return 0
     except KeyboardInterrupt:
-        say("interrupted")
+        say("interrupted; train goes on with --resume, evaluate with the same command")
         return 130
 
 if __name__ == "__main__":
