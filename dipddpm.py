@@ -1105,13 +1105,16 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         draw.line((60, y, 150, y), color, 8)
         draw.text((170, y), name.lstrip("."), "black", font, "lm")
         places = np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)
-        places = np.stack(places, axis=1).tolist()
-        for before, place in zip(places[:1] + places, places):
-            if name[0] == "." and not np.isnan(place).any():
-                draw.circle(place, 8, color)
-            elif not np.isnan(before + place).any():
-                draw.line(before + place, color, 6)
+        draw_curve(draw, np.stack(places, axis=1).tolist(), color, dots=name[0] == ".")
     return page.reduce(2)
+
+def draw_curve(draw, places: list, color: str, dots: bool):
+    """Dots at these places, or lines from each to the next; NaN is a gap."""
+    for before, place in zip(places[:1] + places, places):
+        if dots and not np.isnan(place).any():
+            draw.circle(place, 8, color)
+        elif not np.isnan(before + place).any():
+            draw.line(before + place, color, 6)
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
@@ -1219,7 +1222,7 @@ def fingerprint(args) -> dict:
                 digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
-def finish(args, x, y: Tensor, task: Task, panels: list, metrics: dict):
+def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metrics: dict):
     """Write what fit-dip and sample write, and say what came out; the last panel is the answer."""
     answer = panels[-1][1]
     metrics["psnr"], metrics["ssim"] = quality(answer, x)
@@ -1240,6 +1243,8 @@ def finish(args, x, y: Tensor, task: Task, panels: list, metrics: dict):
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     save(os.path.join(args.out, "result.png"), to_image(answer))
     save(os.path.join(args.out, "figure.png"), figure(page))
+    save(os.path.join(args.out, "curves.png"), chart)
+    save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), metrics)
     say(f"{text} -> {os.path.join(args.out, 'figure.png')}")
     if metrics["interrupted"]:
@@ -1304,14 +1309,12 @@ def cmd_fit_dip(args):
               for name, label in names.items()]
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
-    save(os.path.join(args.out, "log.csv"), rows)
-    save(os.path.join(args.out, "curves.png"), chart)
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])
         save(os.path.join(args.out, "stages.png"), page)
         save(os.path.join(args.out, "ladder.gif"), [figure(frame) for frame in frames])
-    finish(args, x, y, task, [("restored", stage.answer)], metrics)
+    finish(args, x, y, task, [("restored", stage.answer)], rows, chart, metrics)
 
 def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     """A row of log.csv after each call of the DDPM's network."""
@@ -1361,20 +1364,22 @@ def cmd_sample(args):
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
     if not task.mask.any():             # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
-    metrics["psnr_mean"], _ = quality(mean, x)
-    metrics["psnr_sample"] = None
-    if x is not None:
-        metrics["psnr_sample"] = psnr(samples.clamp(-1, 1), x, 2.0)     # of their mean error
-    spread = samples.var(dim=0, correction=0).mean().sqrt()
-    metrics["spread"] = spread.item() * 127.5
+    metrics.update(compare_samples(samples, x))
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
     curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
     chart = plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
-    save(os.path.join(args.out, "log.csv"), rows)
-    save(os.path.join(args.out, "curves.png"), chart)
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
-    finish(args, x, y, task, panels, metrics)
+    finish(args, x, y, task, panels, rows, chart, metrics)
+
+def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
+    """How far samples are from the clean image, alone and as a mean, and from each other."""
+    spread = samples.var(dim=0, correction=0).mean().sqrt()
+    found = dict(psnr_mean=None, psnr_sample=None, spread=spread.item() * 127.5)
+    if x is not None:
+        found["psnr_mean"], _ = quality(samples.mean(dim=0, keepdim=True), x)
+        found["psnr_sample"] = psnr(samples.clamp(-1, 1), x, 2.0)       # of their mean error
+    return found
 
 def prior_path(args) -> str | None:
     """Where the prior lies, if one is asked for: of all t, or of t <= t_max."""
@@ -1505,15 +1510,19 @@ def cmd_train(args):
     if rank > 0:
         return
     loss = state["eps_loss"][1:t_max + 1].tolist()
+    metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
+    save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
+    save(os.path.join(args.out, "log.csv"), rows)
+    save(os.path.join(args.out, "metrics.json"), metrics | dict(command=args.argv))
+
+def training_curves(rows: list, loss: list) -> Image.Image:
+    """The loss against time, and below it by t = 1, 2, ..."""
     label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
-    by_t = ("running mean", list(range(1, t_max + 1)), loss)
+    by_t = ("running mean", list(range(1, len(loss) + 1)), loss)
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
               plot([by_t], "Loss by t", "t", label, ylog=True)]
-    save(os.path.join(args.out, "curves.png"), Image.fromarray(np.vstack(charts)))
-    save(os.path.join(args.out, "log.csv"), rows)
-    metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
-    save(os.path.join(args.out, "metrics.json"), metrics | dict(command=args.argv))
+    return Image.fromarray(np.vstack(charts))
 
 # ---- 10. Evaluation: tables in which every row is a command line --------------------------------
 
