@@ -701,7 +701,7 @@ class Fit:
                 if self.tick:
                     self.tick()
             if self.windowed:
-                average = self.look(y, task, average)
+                average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
             mse = task_part.mse(output, target).item()
             yield Stage(self.step, level, z, output.detach(), target, mse, average)
@@ -710,13 +710,13 @@ class Fit:
         """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
         return max(0.01, min(1, 5 / self.step))
 
-    def look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
-        """The averaged network's estimate of a large photo, tile by tile, in four turns."""
+    def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
+        """The averaged network's estimate of a large photo, tile by tile, the mean of some turns."""
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
         views = []
-        for g in range(4):
+        for g in range(turns):
             views.append(turned_back(tiled(self.judged, turned(average, g), level), g))
         return mean_image(views)
 
@@ -806,7 +806,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         fit.judged.load_state_dict(weights)
         answer = best.average
         if fit.windowed:                # this look is the tail: it sees all of y
-            answer = fit.look(y, task, answer)
+            answer = fit.look(y, task, answer, turns=4)
         for stage in fit.descend(y, task, rungs[watched:], answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
