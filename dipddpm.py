@@ -1052,7 +1052,8 @@ def on_axis(values: list, log: bool) -> np.ndarray:
 def round_numbers(low: float, high: float) -> list:
     """Three to eight numbers between low and high, in steps of 1, 2 or 5 times a power of ten."""
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= max([1] + [factor for factor in (2, 5) if (high - low) / (factor * step) >= 3])
+    factors = [factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 3]
+    step *= max(factors, default=1)         # rounding may leave none
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 def axis_ticks(values: np.ndarray, log: bool) -> tuple:
