@@ -332,13 +332,15 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     energy = (pixels ** 2).mean(dim=(1, 2))
     brightness = squares.mean(dim=(1, 2, 3))
     level, flattest = flat_level(energy)
-    thirds = [flat_level(energy[third])[0] for third in brightness.argsort().chunk(3)]
+    order = brightness.argsort()
+    thirds = order.tensor_split(3) if len(order) > 2 else [order] * 3
+    by_brightness = [flat_level(energy[third])[0] for third in thirds]
     patches = pixels[flattest[:16]].view(-1, y.shape[1], side, side)
     across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     white = level / 3 < sigma < 1.25 * level and sigma > floor
     level = sigma if white else max(level, floor)
-    return Noise(level, thirds, across.item(), white, patches)
+    return Noise(level, by_brightness, across.item(), white, patches)
 
 def cut_squares(y: Tensor, side: int) -> Tensor:
     """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
@@ -359,6 +361,8 @@ def estimate_sigma(y: Tensor) -> float:
     out until mean and median of the rest agree.
     """
     patches = cut_squares(y, min(5, *y.shape[2:])).flatten(1).double()
+    if len(patches) < 2:
+        return 0.0
     values = torch.linalg.eigvalsh(patches.T.cov()).clamp(min=0)            # the smallest first
     for count in range(len(values), 0, -1):
         rest = values[:count]
