@@ -291,10 +291,20 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 class Noise:
     """The noise of a photo, found in the photo alone; levels are standard deviations."""
     level: float            # where the photo is flattest, in units of [-1, 1]
-    by_brightness: list     # the same for the dark, the middle and the bright third of the photo
+    thirds: list            # the same for the dark, the middle and the bright third of the photo
+    brightness: list        # of these places, in [-1, 1]
     neighbour: float        # correlation of a pixel's noise with its neighbour's
     white: bool             # whether one level tells all
     patches: Tensor         # the flattest places, without their slope: K x C x side x side
+
+    def level_at(self, image: Tensor) -> Tensor:
+        """The level for each pixel of an image, by its brightness. A third without flat places
+        shows too much, and may count twice the level at most."""
+        if self.white:
+            return torch.tensor(self.level)
+        levels = np.clip(self.thirds, self.level, 2 * self.level)
+        light = image.mean(dim=1, keepdim=True).cpu()
+        return torch.from_numpy(np.interp(light, self.brightness, levels)).to(image)
 
     def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
         """Noise of this level that is correlated as the patches are; like: 1 x C x H x W.
@@ -333,14 +343,18 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     brightness = squares.mean(dim=(1, 2, 3))
     level, flattest = flat_level(energy)
     order = brightness.argsort()
-    thirds = order.tensor_split(3) if len(order) > 2 else [order] * 3
-    by_brightness = [flat_level(energy[third])[0] for third in thirds]
+    thirds = []
+    places = []
+    for third in order.tensor_split(3) if len(order) > 2 else [order] * 3:
+        third_level, flat = flat_level(energy[third])
+        thirds.append(third_level)
+        places.append(brightness[third][flat].mean().item())
     patches = pixels[flattest[:16]].view(-1, y.shape[1], side, side)
     across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     white = level / 3 < sigma < 1.25 * level and sigma > floor
     level = sigma if white else max(level, floor)
-    return Noise(level, by_brightness, across.item(), white, patches)
+    return Noise(level, thirds, places, across.item(), white, patches)
 
 def cut_squares(y: Tensor, side: int) -> Tensor:
     """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
@@ -370,7 +384,7 @@ def estimate_sigma(y: Tensor) -> float:
             break
     return rest.mean().sqrt().item()
 
-def give_back(xhat: Tensor, y: Tensor, level: float) -> Tensor:
+def give_back(xhat: Tensor, y: Tensor, level: Tensor | float) -> Tensor:
     """What a fit removed and is stronger than the noise was detail: it comes back.
 
     In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus what is
@@ -923,7 +937,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
     if task.sigma > 0 and o.target == "conjugate":
-        answer = give_back(answer, y, task.noise.level if task.noise else task.sigma)
+        answer = give_back(answer, y, task.noise.level_at(answer) if task.noise else task.sigma)
     found["answer"] = found["average"] = answer
     yield replace(stage, step=steps, scores={}, **found)
 
@@ -1291,7 +1305,7 @@ def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
     noise = find_noise(y, floor)
     if args.noise == "white":
         noise = replace(noise, white=True)
-    levels = [round(127.5 * level, 1) for level in (noise.level, *noise.by_brightness)]
+    levels = [round(127.5 * level, 1) for level in (noise.level, *noise.thirds)]
     kind = "white" if noise.white else "not white"
     say("noise found: level {} (flat places: dark {}, middle {}, bright {}), ".format(*levels)
         + f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
@@ -1368,7 +1382,7 @@ def fingerprint(args) -> dict:
 def describe(noise: Noise) -> dict:
     """What was found of the noise, in 8-bit units, for metrics.json."""
     found = dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white)
-    for name, level in zip(("dark", "middle", "bright"), noise.by_brightness):
+    for name, level in zip(("dark", "middle", "bright"), noise.thirds):
         found[name] = level * 127.5
     return found
 
@@ -1554,7 +1568,7 @@ def cmd_sample(args):
         panels.append(("start", start))
     else:
         if task.noise is not None:
-            mean = give_back(mean, y, task.noise.level)
+            mean = give_back(mean, y, task.noise.level_at(mean))
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
     if not task.mask.any():             # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]

@@ -308,14 +308,14 @@ def test_find_noise_tells_white_from_correlated():
     assert not noise.white and noise.level == pytest.approx(0.1, rel=0.15)
     assert noise.neighbour == pytest.approx(2 / 3, abs=0.12)
     assert D.find_noise(x + blurred_noise(x.shape, 0.1), floor=0.3).level == 0.3
-    dark, middle, bright = D.find_noise(x + (0.1 + 0.05 * x) * torch.randn(x.shape)).by_brightness
+    dark, middle, bright = D.find_noise(x + (0.1 + 0.05 * x) * torch.randn(x.shape)).thirds
     assert dark < middle < bright
 
 def test_a_draw_of_noise_has_the_level_and_the_covariance_of_its_patches():
     patches = torch.zeros(2, 3, 4, 4)
     patches[0, :, 1, 1:3] = 1.0                     # neighbours in a row: correlation 1/2
     patches[1, :2] = -patches[0, :2]                # two channels go together, the third half the way
-    noise = D.Noise(0.2, [0.2] * 3, 0.5, False, patches)
+    noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.5, False, patches)
     w = noise.draw(torch.empty(1, 3, 200, 200), D.stream(0, D.FIT))[0]
     assert w.shape == (3, 200, 200) and w.mean().item() == pytest.approx(0, abs=0.01)
     assert (w ** 2).mean().sqrt().item() == pytest.approx(0.2, rel=0.02)
@@ -334,7 +334,7 @@ def test_risk_is_unbiased_for_correlated_noise():
     task = D.Task("denoise", sigma=0.9)             # the ladder's level has no part in it
     risks, gen = [], D.stream(1, D.FIT)
     patches = blurred_noise((1, 3, 64, 64), 1.0, 9)[..., 4:20, 4:20]
-    source = D.Noise(0.2, [0.2] * 3, 0.6, False, patches)
+    source = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.6, False, patches)
     for seed in range(150):
         y = x + source.draw(x, D.stream(seed, D.OBSERVE))
         seen, _, judge = D.hold_out(y, replace(task, noise=source), gen)
@@ -359,8 +359,15 @@ def test_give_back():
     assert ((got - texture)[..., 48:] ** 2).mean() < 0.05 ** 2 * 1.01
     assert ((got - texture)[..., :32] ** 2).mean() < 0.05 ** 2 * 0.1
 
+def test_the_level_follows_the_brightness():
+    noise = D.Noise(0.1, [0.1, 0.15, 0.9], [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
+    light = torch.tensor([-0.9, -0.5, -0.25, 0.0, 0.25, 0.9]).view(1, 1, 1, 6)
+    got = noise.level_at(light.expand(1, 3, -1, -1)).flatten().tolist()
+    assert got == pytest.approx([0.1, 0.1, 0.125, 0.15, 0.175, 0.2])            # 0.9 counts as 0.2
+    assert replace(noise, white=True).level_at(light).item() == pytest.approx(0.1)
+
 def test_settings_where_the_noise_is_not_white():
-    noise = D.Noise(0.1, [0.1] * 3, 0.6, False, torch.ones(1, 3, 4, 4))
+    noise = D.Noise(0.1, [0.1] * 3, [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
     y = torch.zeros(1, 3, 64, 64)
     o = D.complete(D.Settings(), D.Task("denoise", sigma=0.1, noise=noise), y)
     assert (o.high, o.low, o.tail) == (6.0, 2.0, 0.0)
