@@ -349,7 +349,8 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
         third_level, flat = flat_level(energy[third])
         thirds.append(third_level)
         places.append(brightness[third][flat].mean().item())
-    patches = pixels[flattest[:16]].view(-1, y.shape[1], side, side)
+    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from all over the photo
+    patches = pixels[sixteen].view(-1, y.shape[1], side, side)
     across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     white = level / 3 < sigma < 1.25 * level and sigma > floor
@@ -600,6 +601,10 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # a network cannot learn the noise of one from the other: on the average it learns x. The ladder
 # lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
+#
+# A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
+# that of w is W^2, the best network for z1 and z2 has the gain (S - W^2) / (S + a^2 W^2): where w
+# is too strong it inverts the noise, but by 1 / a^2 at most. So there the ladder ends at a = 2.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -662,8 +667,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
     if task.coloured():
-        # Noise of which the covariance is not known to some percent: see `coloured` in section 5.
-        values.update(high=6.0, low=2.0, tail=0.0)
+        values.update(high=6.0, low=2.0, tail=0.0)      # w is white, and the noise is not
     if brief:
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
@@ -1154,7 +1158,7 @@ def figure(panels: list, columns: int = 6) -> Image.Image:
     largest = max(max(image.size) for image in images)
     side = min(max(1, round(256 / largest)) * largest, 512)         # enlarged, or reduced
     images = [ImageOps.contain(image, (side, side), Image.BOX) for image in images]
-    width, height = max(side, 190) + 12, side + 64
+    width, height = max(side, 190) + 12, max(image.height for image in images) + 64
     rows = math.ceil(len(panels) / columns)
     page = Image.new("RGB", (min(columns, len(panels)) * width, rows * height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
@@ -1290,17 +1294,18 @@ def parse_task(text: str) -> tuple:
     return fail(f"--task: {text!r} is none of {TASKS}")
 
 def jpeg_level(path: str) -> float:
-    """Half the error of a JPEG that rounds every coefficient, in units of [-1, 1]; else 0.
+    """Half the error of rounding every coefficient of a JPEG, in units of [-1, 1]; else 0.
 
-    Rounding in steps of q has the variance q^2 / 12. Where the photo is flat most coefficients are
-    0, and their errors smaller: hence half (chosen on PolyU photos).
+    Steps of q make an error of variance q^2 / 12, but less where the coefficient becomes 0, as most
+    do: hence half (chosen on photos of PolyU).
     """
     with Image.open(path) as image:
         steps = getattr(image, "quantization", {}).get(0, [0])
     return np.sqrt(np.mean(np.square(steps, dtype=float)) / 12).item() / 2 / 127.5
 
 def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
-    """(sigma, Noise or None) for a photo of which the noise is not known, or is to be checked."""
+    """(sigma, Noise) of a photo whose noise is not known, or is to be checked: (sigma, None) if it
+    is white and as told. Says what is found."""
     floor = jpeg_level(args.image) if args.observed else 0.0
     noise = find_noise(y, floor)
     if args.noise == "white":
@@ -1388,15 +1393,11 @@ def describe(noise: Noise) -> dict:
 
 def noise_figure(removed: Tensor, noise: Noise) -> Image.Image:
     """What was removed beside a draw of the noise that was found: are they alike?"""
-    removed = centre_square(removed, 128)
+    removed = centre(removed, [min(128, n) for n in removed.shape[2:]])
     drawn = noise.draw(removed, stream(0, FIT))
     reach = 4 * max(noise.level, 0.5 / 127.5)
     return figure([("given minus restored", removed / reach, "grey: nothing"),
                    ("the noise found, drawn", drawn / reach, f"level {noise.level * 127.5:.1f}")])
-
-def centre_square(x: Tensor, side: int) -> Tensor:
-    """The middle of a picture."""
-    return centre(x, [min(side, n) for n in x.shape[2:]])
 
 def give_photo_back(args, x, y: Tensor, task: Task) -> bool:
     """Where no noise is found the photo itself is the answer. Returns whether it was so."""
@@ -1433,7 +1434,8 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     save(os.path.join(args.out, "result.png"), to_image(answer))
     columns = min(len(page), 6)
     if max(answer.shape[2:]) > 256:         # too large to see the noise: the centres, enlarged
-        page += [(f"{title}, enlarged", centre_square(v, 96), "") for title, v, _ in page]
+        part = [max(1, 96 * n // max(answer.shape[2:])) for n in answer.shape[2:]]
+        page += [(f"{title}, enlarged", centre(v, part), "") for title, v, _ in page]
     save(os.path.join(args.out, "figure.png"), figure(page, columns))
     save(os.path.join(args.out, "curves.png"), chart)
     save(os.path.join(args.out, "log.csv"), rows)
@@ -1918,7 +1920,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--observed", action="store_true", help="--image is degraded; denoise finds its noise")
         add("--mask", help="for inpaint: a picture of the photo's size, white = known")
         add("--told", type=partial(share, 255), help="SIGMA told to the fit; 0: estimated (SIGMA)")
-        add("--noise", choices=["auto", "white"], help="of a photo: as it is found, or white (auto)")
+        add("--noise", choices=["auto", "white"], help="of a photo: as found, or white (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
         add_settings(command)
