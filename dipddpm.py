@@ -296,13 +296,18 @@ class Noise:
     neighbour: float        # correlation of a pixel's noise with its neighbour's
     white: bool             # whether one level tells all
     patches: Tensor         # the flattest places, without their slope: K x C x side x side
+    floor: float = 0.0      # the level of what flat places do not show
+
+    def strength(self) -> float:
+        """The level that a fit has to reckon with."""
+        return max(self.level, self.floor)
 
     def level_at(self, image: Tensor) -> Tensor:
         """The level for each pixel of an image, by its brightness. A third without flat places
         shows too much, and may count twice the level at most."""
         if self.white:
-            return torch.tensor(self.level)
-        levels = np.clip(self.thirds, self.level, 2 * self.level)
+            return torch.tensor(self.strength())
+        levels = np.clip(self.thirds, self.strength(), 2 * self.strength())
         light = image.mean(dim=1, keepdim=True).cpu()
         return torch.from_numpy(np.interp(light, self.brightness, levels)).to(image)
 
@@ -322,7 +327,7 @@ class Noise:
         return scale.item() * w.to(like)
 
 def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
-    """Look for the noise of a photo where it is flat (1 x C x H x W); floor: the least level.
+    """Look for the noise of a photo, 1 x C x H x W, where it is flat.
 
     The flattest twentieth of squares, each without its mean and slope, are taken for noise. They
     are not enough to know the level to some percent; where they agree with estimate_sigma, which
@@ -354,8 +359,8 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     white = level / 3 < sigma < 1.25 * level and sigma > floor
-    level = sigma if white else max(level, floor)
-    return Noise(level, thirds, places, across.item(), white, patches)
+    level = sigma if white else level
+    return Noise(level, thirds, places, across.item(), white, patches, floor)
 
 def cut_squares(y: Tensor, side: int) -> Tensor:
     """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
@@ -667,7 +672,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
     if task.coloured():
-        values.update(high=6.0, low=2.0, tail=0.0)      # w is white, and the noise is not
+        values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief:
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
@@ -1310,16 +1315,16 @@ def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
     noise = find_noise(y, floor)
     if args.noise == "white":
         noise = replace(noise, white=True)
-    levels = [round(127.5 * level, 1) for level in (noise.level, *noise.thirds)]
+    levels = [round(127.5 * level, 1) for level in (noise.level, *noise.thirds, floor)]
     kind = "white" if noise.white else "not white"
-    say("noise found: level {} (flat places: dark {}, middle {}, bright {}), ".format(*levels)
-        + f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
+    say("noise found: level {} (flat places: dark {}, middle {}, bright {}; by the JPEG {}), ".format(
+        *levels) + f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
     if (y.abs() > 0.999).float().mean() > 0.2:
         say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
-    if noise.level < 0.5 / 127.5:
-        noise = replace(noise, level=0.0)
+    if noise.strength() < 0.5 / 127.5:
+        noise = replace(noise, level=0.0, floor=0.0)
     if told is None:
-        return noise.level, noise
+        return noise.strength(), noise
     sigma = told / 127.5
     if noise.white and 0.8 * sigma < noise.level < 1.25 * sigma:
         return sigma, None
@@ -1386,7 +1391,8 @@ def fingerprint(args) -> dict:
 
 def describe(noise: Noise) -> dict:
     """What was found of the noise, in 8-bit units, for metrics.json."""
-    found = dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white)
+    found = dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white,
+                 jpeg=noise.floor * 127.5)
     for name, level in zip(("dark", "middle", "bright"), noise.thirds):
         found[name] = level * 127.5
     return found
@@ -1395,7 +1401,7 @@ def noise_figure(removed: Tensor, noise: Noise) -> Image.Image:
     """What was removed beside a draw of the noise that was found: are they alike?"""
     removed = centre(removed, [min(128, n) for n in removed.shape[2:]])
     drawn = noise.draw(removed, stream(0, FIT))
-    reach = 4 * max(noise.level, 0.5 / 127.5)
+    reach = 4 * max(noise.strength(), 0.5 / 127.5)
     return figure([("given minus restored", removed / reach, "grey: nothing"),
                    ("the noise found, drawn", drawn / reach, f"level {noise.level * 127.5:.1f}")])
 

@@ -307,7 +307,9 @@ def test_find_noise_tells_white_from_correlated():
     noise = D.find_noise(x + blurred_noise(x.shape, 0.1))
     assert not noise.white and noise.level == pytest.approx(0.1, rel=0.15)
     assert noise.neighbour == pytest.approx(2 / 3, abs=0.12)
-    assert D.find_noise(x + blurred_noise(x.shape, 0.1), floor=0.3).level == 0.3
+    floored = D.find_noise(x + blurred_noise(x.shape, 0.1), floor=0.3)
+    assert floored.level == noise.level and floored.strength() == 0.3
+    assert floored.level_at(x).min() >= 0.3 and floored.level_at(x).max() <= 0.6
     dark, middle, bright = D.find_noise(x + (0.1 + 0.05 * x) * torch.randn(x.shape)).thirds
     assert dark < middle < bright
 
@@ -370,7 +372,7 @@ def test_settings_where_the_noise_is_not_white():
     noise = D.Noise(0.1, [0.1] * 3, [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
     y = torch.zeros(1, 3, 64, 64)
     o = D.complete(D.Settings(), D.Task("denoise", sigma=0.1, noise=noise), y)
-    assert (o.high, o.low, o.tail) == (6.0, 2.0, 0.0)
+    assert (o.high, o.low, o.tail) == (6.0, 2.0, 0.25)
     noise = replace(noise, white=True)
     assert D.complete(D.Settings(), D.Task("denoise", sigma=0.1, noise=noise), y).low == 0.4
 
