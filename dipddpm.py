@@ -1323,14 +1323,12 @@ def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
         say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
     if noise.strength() < 0.5 / 127.5:
         noise = replace(noise, level=0.0, floor=0.0)
-    if told is None:
-        return noise.strength(), noise
-    sigma = told / 127.5
-    if noise.white and 0.8 * sigma < noise.level < 1.25 * sigma:
-        return sigma, None
-    say(f"--task: that is not white noise of level {told:g}; what is stronger than the noise found "
-        "comes back. To denoise by what is found leave out the number, to insist add --noise white")
-    return sigma, replace(noise, white=False)
+    if told is not None:
+        if noise.white and 0.8 * told < noise.level * 127.5 < 1.25 * told:
+            return told / 127.5, None
+        say(f"--task: this is not white noise of level {told:g}; what is found is removed instead; "
+            "to insist add --noise white")
+    return noise.strength(), noise
 
 def centre(x: Tensor, size: list) -> Tensor:
     """The centre of a picture, of a given height and width."""
