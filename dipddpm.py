@@ -214,7 +214,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 @torch.no_grad()
-def tiled(network, x: Tensor, *more, side: int = 768, margin: int = 96) -> Tensor:
+def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
     """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
     out = torch.empty_like(x)
     for top in range(0, x.shape[2], side):
@@ -350,7 +350,8 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     order = brightness.argsort()
     thirds = []
     places = []
-    for third in order.tensor_split(3) if len(order) > 2 else [order] * 3:
+    parts = order.tensor_split(3) if len(order) > 2 else [order] * 3
+    for third in parts:
         third_level, flat = flat_level(energy[third])
         thirds.append(third_level)
         places.append(brightness[third][flat].mean().item())
@@ -844,10 +845,10 @@ class Fit:
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
-        views = []
+        views = torch.zeros_like(average)
         for g in range(turns):
-            views.append(turned_back(tiled(self.judged, turned(average, g), level), g))
-        return mean_image(views)
+            views += turned_back(tiled(self.judged, turned(average, g), level), g)
+        return views / turns
 
     def learn(self, loss: Tensor):
         """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
@@ -1315,14 +1316,15 @@ def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
     noise = find_noise(y, floor)
     if args.noise == "white":
         noise = replace(noise, white=True)
-    levels = [round(127.5 * level, 1) for level in (noise.level, *noise.thirds, floor)]
+    dark, middle, bright = [f"{level * 127.5:.1f}" for level in noise.thirds]
     kind = "white" if noise.white else "not white"
-    say("noise found: level {} (flat places: dark {}, middle {}, bright {}; by the JPEG {}), ".format(
-        *levels) + f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
-    if (y.abs() > 0.999).float().mean() > 0.2:
-        say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
+    say(f"noise found: level {noise.level * 127.5:.1f} in flat places (dark {dark}, "
+        f"middle {middle}, bright {bright}; a JPEG's own: {floor * 127.5:.1f}), "
+        f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
     if noise.strength() < 0.5 / 127.5:
         noise = replace(noise, level=0.0, floor=0.0)
+    elif (y.abs() > 0.999).float().mean() > 0.2:
+        say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
     if told is not None:
         if noise.white and 0.8 * told < noise.level * 127.5 < 1.25 * told:
             return told / 127.5, None
