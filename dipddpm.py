@@ -391,7 +391,7 @@ def estimate_sigma(y: Tensor) -> float:
             break
     return rest.mean().sqrt().item()
 
-def give_back(xhat: Tensor, y: Tensor, level: Tensor | float) -> Tensor:
+def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
     """What a fit removed and is stronger than the noise was detail: it comes back.
 
     In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus what is
@@ -946,8 +946,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if judge is not None:
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
-    if task.sigma > 0 and o.target == "conjugate":
-        answer = give_back(answer, y, task.noise.level_at(answer) if task.noise else task.sigma)
+    if task.noise is not None and o.target == "conjugate":
+        answer = give_back(answer, y, task.noise.level_at(answer))
     found["answer"] = found["average"] = answer
     yield replace(stage, step=steps, scores={}, **found)
 

@@ -348,18 +348,26 @@ def test_risk_is_unbiased_for_correlated_noise():
 
 def test_give_back():
     y = smooth_image(32)
-    assert torch.allclose(D.give_back(y * 0.5, y, 0.0), y)                  # no noise: the photo
-    assert torch.equal(D.give_back(y, y, 0.1), y)
+    assert torch.allclose(D.give_back(y * 0.5, y, torch.tensor(0.0)), y)                  # no noise: the photo
+    assert torch.equal(D.give_back(y, y, torch.tensor(0.1)), y)
     xhat = y + 0.1                                  # the removed part is 0.1 everywhere
-    assert torch.equal(D.give_back(xhat, y, 0.1), xhat)                     # as strong as the noise
+    assert torch.equal(D.give_back(xhat, y, torch.tensor(0.1)), xhat)                     # as strong as the noise
     want = xhat - 0.1 * (1 - 1.3 * 0.05 ** 2 / 0.1 ** 2)
-    assert torch.allclose(D.give_back(xhat, y, 0.05), want, atol=1e-6)
+    assert torch.allclose(D.give_back(xhat, y, torch.tensor(0.05)), want, atol=1e-6)
     texture = torch.zeros(1, 3, 64, 64)
     texture[..., ::2, 40:] = 0.8                    # detail that a fit has lost, in one place
     y = texture + 0.05 * torch.randn(texture.shape, generator=D.stream(0, D.FIT))
-    got = D.give_back(torch.zeros_like(y), y, 0.05)
+    got = D.give_back(torch.zeros_like(y), y, torch.tensor(0.05))
     assert ((got - texture)[..., 48:] ** 2).mean() < 0.05 ** 2 * 1.01
     assert ((got - texture)[..., :32] ** 2).mean() < 0.05 ** 2 * 0.1
+
+def test_detail_comes_back_where_the_noise_was_found():
+    y = with_noise(smooth_image(12))
+    plain = list(D.fit_dip(y, NOISY, **SMALL))[-1].answer
+    noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.0, True, torch.ones(1, 3, 4, 4))
+    found = list(D.fit_dip(y, replace(NOISY, noise=noise), **SMALL))[-1].answer
+    assert torch.equal(found, D.give_back(plain, y, torch.tensor(0.2)))
+    assert not torch.allclose(found, plain, atol=1e-3)
 
 def test_the_level_follows_the_brightness():
     noise = D.Noise(0.1, [0.1, 0.15, 0.9], [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
@@ -811,14 +819,11 @@ def test_the_answer_of_two_networks_is_the_mean_of_their_own(task):
     for watched, tail in each_network(stages):
         best = min(watched, key=lambda stage: stage.scores["holdout"])
         own.append(task.keep_known(tail[-1].average if tail else best.average, y))
-    mean = (own[0] + own[1]) / 2
-    if task.sigma:                                          # at last detail comes back
-        mean = D.give_back(mean, y, task.sigma)
-    assert closing.number == 1 and torch.allclose(closing.answer, mean)
+    assert closing.number == 1 and torch.allclose(closing.answer, (own[0] + own[1]) / 2)
     assert not torch.allclose(*own, atol=1e-3)
     assert all(torch.equal(stage.answer, own[0]) for stage in stages[:-1] if stage.number == 1)
     *_, one = D.fit_dip(y, task, nets=1, **SMALL)
-    assert torch.equal(one.answer, D.give_back(own[0], y, task.sigma) if task.sigma else own[0])
+    assert torch.equal(one.answer, own[0])
     steps = [stage.step for stage in stages[:-1]]           # of both networks, one after the other
     assert steps == list(range(2, len(steps) * 2 + 1, 2)) and closing.step == steps[-1]
 
@@ -901,8 +906,7 @@ def test_a_rule_that_watches_the_outputs(stop):
     *watched, closing = stages
     assert [stage.step for stage in watched] == list(range(1, 111)) and math.isnan(closing.risk)
     best = min(watched, key=lambda stage: stage.scores[stop])
-    assert closing.stop_step == best.step
-    assert torch.equal(closing.answer, D.give_back(best.average, y, NOISY.sigma))
+    assert closing.stop_step == best.step and torch.equal(closing.answer, best.average)
 
 def test_gradient_loss_counts_edges():
     """A constant error has no edges: both losses agree; a checkerboard has many."""
