@@ -214,7 +214,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 @torch.no_grad()
-def tiled(network, x: Tensor, *more, side: int = 768, margin: int = 96) -> Tensor:
+def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
     """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
     out = torch.empty_like(x)
     for top in range(0, x.shape[2], side):
@@ -241,6 +241,17 @@ class Task:
     sigma: float = 0.0              # standard deviation of the noise, in units of [-1, 1]
     scale: int = 1                  # s, the side of the blocks that are averaged
     mask: Tensor = torch.tensor(1.0)    # 1 known, 0 missing: 1 x 1 x h x w, or 1.0 for all
+    noise: "Noise | None" = None    # as a photo has it; None: white noise of level sigma
+
+    def coloured(self) -> bool:
+        """Whether a photo's noise was looked for, and found not to be white."""
+        return self.noise is not None and not self.noise.white
+
+    def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
+        """Noise with the covariance that y's noise is taken to have."""
+        if self.noise is not None:
+            return self.noise.draw(like, gen)
+        return self.sigma * torch.randn(like.shape, generator=gen).to(like)
 
     def forward(self, x: Tensor) -> Tensor:
         """A x: N x C x H x W to N x C x H/s x W/s."""
@@ -276,23 +287,135 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     coarse = fill_holes(coarse, (weight > 0).float())
     return torch.where(mask > 0, y, F.interpolate(coarse, y.shape[-2:], mode="bilinear"))
 
+@dataclass
+class Noise:
+    """The noise of a photo, found in the photo alone; levels are standard deviations."""
+    level: float            # where the photo is flattest, in units of [-1, 1]
+    thirds: list            # the same for the dark, the middle and the bright third of the photo
+    brightness: list        # of these places, in [-1, 1]
+    neighbour: float        # correlation of a pixel's noise with its neighbour's
+    white: bool             # whether one level tells all
+    patches: Tensor         # the flattest places, without their slope: K x C x side x side
+    floor: float = 0.0      # the level of what flat places do not show
+
+    def strength(self) -> float:
+        """The level that a fit has to reckon with."""
+        return max(self.level, self.floor)
+
+    def level_at(self, image: Tensor) -> Tensor:
+        """The level for each pixel of an image, by its brightness. A third without flat places
+        shows too much, and may count twice the level at most."""
+        if self.white:
+            return torch.tensor(self.strength())
+        levels = np.clip(self.thirds, self.strength(), 2 * self.strength())
+        light = image.mean(dim=1, keepdim=True).cpu()
+        return torch.from_numpy(np.interp(light, self.brightness, levels)).to(image)
+
+    def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
+        """Noise of this level that is correlated as the patches are; like: 1 x C x H x W.
+
+        White noise that is convolved with an image has that image's autocovariance (Galerne et al.
+        2011): the sum over the patches has the mean of theirs.
+        """
+        if self.white:
+            return self.level * torch.randn(like.shape, generator=gen).to(like)
+        count, _, side, _ = self.patches.shape
+        height, width = like.shape[2:]
+        eps = torch.randn((1, count, height + side - 1, width + side - 1), generator=gen)
+        w = F.conv2d(eps, self.patches.movedim(0, 1).cpu())
+        scale = self.level / (self.patches ** 2).sum(dim=(0, 2, 3)).mean().clamp(min=1e-20).sqrt()
+        return scale.item() * w.to(like)
+
+def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
+    """Look for the noise of a photo, 1 x C x H x W, where it is flat.
+
+    The flattest twentieth of squares, each without its mean and slope, are taken for noise. They
+    are not enough to know the level to some percent; where they agree with estimate_sigma, which
+    is that exact and sees white noise only, the noise is white and that level counts.
+    """
+    squares = cut_squares(y, min(16, *y.shape[2:]))
+    whole = (squares.abs() > 0.98).float().mean(dim=(1, 2, 3)) < 0.05       # hardly clipped
+    if whole.sum() > 100:
+        squares = squares[whole]
+    side = squares.shape[-1]
+    line = torch.linspace(-1, 1, side)
+    slopes = torch.stack([torch.ones(side, side), line.expand(side, side),
+                          line[:, None].expand(side, side)])
+    plane, _ = torch.linalg.qr(slopes.view(3, -1).T)
+    pixels = squares.flatten(2)
+    pixels = pixels - pixels @ plane @ plane.T
+    energy = (pixels ** 2).mean(dim=(1, 2))
+    brightness = squares.mean(dim=(1, 2, 3))
+    level, flattest = flat_level(energy)
+    order = brightness.argsort()
+    thirds = []
+    places = []
+    parts = order.tensor_split(3) if len(order) > 2 else [order] * 3
+    for third in parts:
+        third_level, flat = flat_level(energy[third])
+        thirds.append(third_level)
+        places.append(brightness[third][flat].mean().item())
+    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from all over the photo
+    patches = pixels[sixteen].view(-1, y.shape[1], side, side)
+    across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
+    sigma = estimate_sigma(y)
+    white = level / 3 < sigma < 1.25 * level and sigma > floor
+    level = sigma if white else level
+    return Noise(level, thirds, places, across.item(), white, patches, floor)
+
+def cut_squares(y: Tensor, side: int) -> Tensor:
+    """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
+    step = max(1, int((y.shape[2] * y.shape[3] / 20000) ** 0.5))
+    squares = y[0].cpu().unfold(1, side, step).unfold(2, side, step)
+    return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+def flat_level(energy: Tensor) -> tuple[float, Tensor]:
+    """The root mean square of the flattest twentieth of some squares, and which they are."""
+    flattest = energy.argsort()[:max(8, len(energy) // 20)]
+    return energy[flattest].mean().sqrt().item(), flattest
+
 def estimate_sigma(y: Tensor) -> float:
-    """The level of white noise in y: its finest diagonal Haar band (Donoho, Johnstone 1994)."""
-    y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
-    rows = y[..., ::2, :] - y[..., 1::2, :]
-    band = (rows[..., ::2] - rows[..., 1::2]) / 2
-    return band.abs().median().item() / 0.6745
+    """The level of white noise in y, 1 x C x H x W, to some 3 % (Chen, Zhu and Heng 2015).
+
+    Patches of a photo fill few dimensions, white noise fills all: the eigenvalues of the patches'
+    covariance that have no share in the photo spread evenly around sigma^2. The largest are left
+    out until mean and median of the rest agree.
+    """
+    patches = cut_squares(y, min(5, *y.shape[2:])).flatten(1).double()
+    if len(patches) < 2:
+        return 0.0
+    values = torch.linalg.eigvalsh(patches.T.cov()).clamp(min=0)            # the smallest first
+    for count in range(len(values), 0, -1):
+        rest = values[:count]
+        if rest.mean() <= rest.median():
+            break
+    return rest.mean().sqrt().item()
+
+def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
+    """What a fit removed and is stronger than the noise was detail: it comes back.
+
+    In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus what is
+    missing in xhat; if these are independent, the Wiener filter keeps 1 - level^2 / mean square of
+    it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
+    """
+    removed = y - xhat
+    energy = F.pad((removed ** 2).mean(dim=1, keepdim=True), (5, 5, 5, 5), mode="replicate")
+    energy = F.avg_pool2d(energy, 11, stride=1)
+    # The energy of the noise alone differs from window to window: by a third, to be safe.
+    detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
+    return xhat + detail.clamp(min=0) * removed
 
 def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tuple:
     """Split y before the fit: (what the fit sees, its task, and the judge of a fit, xhat -> R).
 
-    With noise y + a w is fitted, and y - w / a judges; given x the two are independent (Pang et
-    al. 2021; Oliveira et al. 2021). Without, a tenth of the known pixels judge, in squares as deep
-    as the holes.
+    With noise y + a w is fitted, and y - w / a judges; given x the two are uncorrelated, whatever
+    covariance noise and w share (Pang et al. 2021; Oliveira et al. 2021). Without, a tenth of the
+    known pixels judge, in squares as deep as the holes.
     """
     if task.sigma > 0:
-        w = task.sigma * torch.randn(y.shape, generator=gen).to(y)
-        floor = task.sigma ** 2 + (w ** 2).mean().item() / a ** 2
+        w = task.draw(y, gen)
+        level = task.noise.level if task.noise else task.sigma
+        floor = level ** 2 + (w ** 2).mean().item() / a ** 2
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
     height, width = y.shape[2:]
@@ -484,6 +607,10 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # a network cannot learn the noise of one from the other: on the average it learns x. The ladder
 # lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
+#
+# A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
+# that of w is W^2, the best network for z1 and z2 has the gain (S - W^2) / (S + a^2 W^2): where w
+# is too strong it inverts the noise, but by 1 / a^2 at most. So there the ladder ends at a = 2.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -494,7 +621,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
-TWO_NETS_PIXELS = 256 ** 2      # for larger photos one network is enough, to save time
+TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
 WHOLE_PIXELS = 800 ** 2         # of those larger still a step sees windows, in bounded memory
 WINDOW = 64                     # the side of each of its 16, in pixels
 PATIENCE = 1000                 # steps without a better score that end a fit
@@ -518,7 +645,7 @@ class Settings:
     width: int = setting(32, "channels of the hourglass", (1, 1024))
     depth: int = setting(4, "levels of the hourglass", (1, 8))
     high: float = setting(None, "first rung of noise, in units of sigma, or of 0.2", (1e-3, 100))
-    low: float = setting(0.4, "last rung of noise, in the same units", (1e-3, 100))
+    low: float = setting(None, "last rung of noise, in the same units", (1e-3, 100))
     rungs: int = setting(None, "stages of each network", (1, 10 ** 7))
     fresh: int = setting(1, "draw new noise in each step (1) or in each rung (0)", (0, 1))
     turns: int = setting(1, "turn and mirror the conjugate pair (1) or not (0)", (0, 1))
@@ -533,7 +660,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.method in ("staged", "adapt") and not noisy:
         source = "estimate"
     o = replace(o, input=o.input or source, target=o.target or aim)
-    values = dict(iters=1000, nets=1, rungs=30, high=3.0, tail=0.0, optimiser="adam", lr=0.01)
+    values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
+                  lr=0.01)
     if o.method == "staged" and noisy:
         values.update(iters=250, nets=2, high=2.0, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged" and task.scale == 1:
@@ -544,6 +672,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=100, lr=1e-4, tail=0.25)
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
+    if task.coloured():
+        values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief:
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
@@ -715,10 +845,10 @@ class Fit:
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
-        views = []
+        views = torch.zeros_like(average)
         for g in range(turns):
-            views.append(turned_back(tiled(self.judged, turned(average, g), level), g))
-        return mean_image(views)
+            views += turned_back(tiled(self.judged, turned(average, g), level), g)
+        return views / turns
 
     def learn(self, loss: Tensor):
         """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
@@ -815,7 +945,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         steps += fit.step
     if judge is not None:
         found["risk"] = judge(mean_image(blind))
-    found["answer"] = found["average"] = mean_image(answers)
+    answer = mean_image(answers)
+    if task.noise is not None and o.target == "conjugate":
+        answer = give_back(answer, y, task.noise.level_at(answer))
+    found["answer"] = found["average"] = answer
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
@@ -1031,7 +1164,7 @@ def figure(panels: list, columns: int = 6) -> Image.Image:
     largest = max(max(image.size) for image in images)
     side = min(max(1, round(256 / largest)) * largest, 512)         # enlarged, or reduced
     images = [ImageOps.contain(image, (side, side), Image.BOX) for image in images]
-    width, height = max(side, 190) + 12, side + 64
+    width, height = max(side, 190) + 12, max(image.height for image in images) + 64
     rows = math.ceil(len(panels) / columns)
     page = Image.new("RGB", (min(columns, len(panels)) * width, rows * height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
@@ -1166,6 +1299,39 @@ def parse_task(text: str) -> tuple:
             return name, value
     return fail(f"--task: {text!r} is none of {TASKS}")
 
+def jpeg_level(path: str) -> float:
+    """Half the error of rounding every coefficient of a JPEG, in units of [-1, 1]; else 0.
+
+    Steps of q make an error of variance q^2 / 12, but less where the coefficient becomes 0, as most
+    do: hence half (chosen on photos of PolyU).
+    """
+    with Image.open(path) as image:
+        steps = getattr(image, "quantization", {}).get(0, [0])
+    return np.sqrt(np.mean(np.square(steps, dtype=float)) / 12).item() / 2 / 127.5
+
+def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
+    """(sigma, Noise) of a photo whose noise is not known, or is to be checked: (sigma, None) if it
+    is white and as told. Says what is found."""
+    floor = jpeg_level(args.image) if args.observed else 0.0
+    noise = find_noise(y, floor)
+    if args.noise == "white":
+        noise = replace(noise, white=True)
+    dark, middle, bright = [f"{level * 127.5:.1f}" for level in noise.thirds]
+    kind = "white" if noise.white else "not white"
+    say(f"noise found: level {noise.level * 127.5:.1f} in flat places (dark {dark}, "
+        f"middle {middle}, bright {bright}; a JPEG's own: {floor * 127.5:.1f}), "
+        f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
+    if noise.strength() < 0.5 / 127.5:
+        noise = replace(noise, level=0.0, floor=0.0)
+    elif (y.abs() > 0.999).float().mean() > 0.2:
+        say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
+    if told is not None:
+        if noise.white and 0.8 * told < noise.level * 127.5 < 1.25 * told:
+            return told / 127.5, None
+        say(f"--task: this is not white noise of level {told:g}; what is found is removed instead; "
+            "to insist add --noise white")
+    return noise.strength(), noise
+
 def centre(x: Tensor, size: list) -> Tensor:
     """The centre of a picture, of a given height and width."""
     top = (x.shape[2] - size[0]) // 2
@@ -1207,9 +1373,9 @@ def observe(args) -> tuple:
         if x is not None:               # noise that is neither clipped nor rounded
             y = y + value / 127.5 * torch.randn(y.shape, generator=gen).to(y)
         told = value if args.told is None else args.told
-        task.sigma = told / 127.5 if told else estimate_sigma(y)
-        if not task.sigma >= 1e-4:
-            fail("--task: no noise is found; give its level in 8-bit units, as in denoise:25")
+        task.sigma = (told or 0.0) / 127.5
+        if not told or (args.observed and args.noise != "white"):
+            task.sigma, task.noise = look_for_noise(args, y, told or None)
     say(f"{args.command}: {args.task}, {args.image} {y.shape[3]} x {y.shape[2]} | "
         f"{args.device.type}, {torch.get_num_threads()} threads, seed {args.seed} -> {args.out}")
     return x, y, task
@@ -1223,9 +1389,38 @@ def fingerprint(args) -> dict:
                 digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
+def describe(noise: Noise) -> dict:
+    """What was found of the noise, in 8-bit units, for metrics.json."""
+    found = dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white,
+                 jpeg=noise.floor * 127.5)
+    for name, level in zip(("dark", "middle", "bright"), noise.thirds):
+        found[name] = level * 127.5
+    return found
+
+def noise_figure(removed: Tensor, noise: Noise) -> Image.Image:
+    """What was removed beside a draw of the noise that was found: are they alike?"""
+    removed = centre(removed, [min(128, n) for n in removed.shape[2:]])
+    drawn = noise.draw(removed, stream(0, FIT))
+    reach = 4 * max(noise.strength(), 0.5 / 127.5)
+    return figure([("given minus restored", removed / reach, "grey: nothing"),
+                   ("the noise found, drawn", drawn / reach, f"level {noise.level * 127.5:.1f}")])
+
+def give_photo_back(args, x, y: Tensor, task: Task) -> bool:
+    """Where no noise is found the photo itself is the answer. Returns whether it was so."""
+    if task.sigma > 0 or not args.task.startswith("denoise"):
+        return False
+    say("nothing is found to remove: the photo comes back as it was given")
+    chart = plot([("no stages", [], [])], "PSNR at the end of each stage", "steps", "dB")
+    metrics = dict(iters=0, stop_iter=0, risk=None, seconds=0.0, interrupted=False)
+    finish(args, x, y, task, [("as given", y)], [], chart, metrics)
+    return True
+
 def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metrics: dict):
     """Write what fit-dip and sample write, and say what came out; the last panel is the answer."""
     answer = panels[-1][1]
+    if task.noise is not None:
+        metrics["noise"] = describe(task.noise)
+        save(os.path.join(args.out, "noise.png"), noise_figure(y - answer, task.noise))
     metrics["psnr"], metrics["ssim"] = quality(answer, x)
     metrics["psnr_observed"], _ = quality(task.interpolate(y), x)
     metrics.update(task=args.task, sigma=task.sigma * 127.5, image=args.image, seed=args.seed,
@@ -1243,7 +1438,11 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
         page.append(("clean", x, ""))
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     save(os.path.join(args.out, "result.png"), to_image(answer))
-    save(os.path.join(args.out, "figure.png"), figure(page))
+    columns = min(len(page), 6)
+    if max(answer.shape[2:]) > 256:         # too large to see the noise: the centres, enlarged
+        part = [max(1, 96 * n // max(answer.shape[2:])) for n in answer.shape[2:]]
+        page += [(f"{title}, enlarged", centre(v, part), "") for title, v, _ in page]
+    save(os.path.join(args.out, "figure.png"), figure(page, columns))
     save(os.path.join(args.out, "curves.png"), chart)
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), metrics)
@@ -1278,8 +1477,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             row["psnr_risk"] = in_db(stage.scores.get("holdout", math.nan))
             rows.append(row | stage.scores)
             if stage.number == 0 and stage.input.shape == stage.average.shape:
-                frames.append([(f"seen: noise {noise:.0f}", stage.input, ""),
-                               ("estimate", stage.average, "")])
+                frames.append([(f"seen: noise {noise:.0f}", shrink(stage.input), ""),
+                               ("estimate", shrink(stage.average), "")])
             looking += time.monotonic() - begin
     except FloatingPointError as error:
         fail(f"--lr: {error}; lower it")
@@ -1289,6 +1488,10 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
         interrupted = True
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk, seconds=seconds,
                    interrupted=interrupted)
+    spread = task.sigma ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
+    if stage.risk < -2 * spread:
+        say("R is below zero by more than its spread: the noise is not as it is taken to be; "
+            "for a photo of your own use --observed --task denoise, without a number")
     # What each rule takes from the path of the first network; the oracle sees the clean image.
     path = [row for row in rows if row["network"] == 0 and "fixed" in row]
     if x is not None:
@@ -1302,6 +1505,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
 def cmd_fit_dip(args):
     """fit-dip: a DIP of one photo."""
     x, y, task = observe(args)
+    if give_photo_back(args, x, y, task):
+        return
     prior = load_prior(args, y.shape[1]) if prior_path(args) else None
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
@@ -1317,6 +1522,10 @@ def cmd_fit_dip(args):
         save(os.path.join(args.out, "ladder.gif"), [figure(frame) for frame in frames])
     finish(args, x, y, task, [("restored", stage.answer)], rows, chart, metrics)
 
+def shrink(x: Tensor) -> Tensor:
+    """A picture at the size of a panel, so that those of large photos can be kept."""
+    return F.avg_pool2d(x, math.ceil(max(x.shape[2:]) / 512), ceil_mode=True)
+
 def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     """A row of log.csv after each call of the DDPM's network."""
     bar.step()
@@ -1326,11 +1535,15 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
     x, y, task = observe(args)
+    if give_photo_back(args, x, y, task):
+        return
     prior = load_prior(args, y.shape[1])
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     start = task.interpolate(y)
     noise = task.sigma
-    risk = (task.sigma or GUESS) ** 2
+    if task.coloured():
+        noise *= 2                      # as where the ladder ends: white noise that drowns it
+    risk = (noise or GUESS) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
@@ -1362,6 +1575,8 @@ def cmd_sample(args):
     if metrics["interrupted"]:
         panels.append(("start", start))
     else:
+        if task.noise is not None:
+            mean = give_back(mean, y, task.noise.level_at(mean))
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
     if not task.mask.any():             # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
@@ -1708,9 +1923,10 @@ def make_parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
         add("--task", default=task, help=f"{TASKS} ({task})")
-        add("--observed", action="store_true", help="--image is degraded; denoise finds its level")
+        add("--observed", action="store_true", help="--image is degraded; denoise finds its noise")
         add("--mask", help="for inpaint: a picture of the photo's size, white = known")
         add("--told", type=partial(share, 255), help="SIGMA told to the fit; 0: estimated (SIGMA)")
+        add("--noise", choices=["auto", "white"], help="of a photo: as found, or white (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
         add_settings(command)
@@ -1764,7 +1980,8 @@ def refuse_idle_flags(args):
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
         (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
-        (name != "denoise", ["told", "turns", "hold"], "without noise"),
+        (name != "denoise", ["told", "turns", "hold", "noise"], "without noise"),
+        (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
         (source == "fixed" and method == "adapt", ["input"], "as fixed: a DDPM cannot denoise z"),

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -284,10 +285,104 @@ def test_operators(task):
 
 def test_estimate_sigma():
     gen = torch.Generator().manual_seed(0)
-    for sigma in (0.05, 0.2, 0.5):
-        y = smooth_image(128) + sigma * torch.randn(1, 3, 128, 128, generator=gen)
-        assert D.estimate_sigma(y) == pytest.approx(sigma, rel=0.05)
-    assert math.isnan(D.estimate_sigma(torch.zeros(1, 3, 1, 1)))            # nothing to tell it by
+    stripes = 0.5 * torch.sin(torch.arange(128.0)).expand(1, 3, 128, 128)     # a texture all over
+    for sigma, x in itertools.product((0.05, 0.2, 0.5), (smooth_image(128), stripes)):
+        y = x + sigma * torch.randn(1, 3, 128, 128, generator=gen)
+        assert D.estimate_sigma(y) == pytest.approx(sigma, rel=0.04)
+        assert D.estimate_sigma(y[:, :1]) == pytest.approx(sigma, rel=0.04)
+    assert D.estimate_sigma(torch.zeros(1, 3, 1, 1)) == 0                   # nothing to tell it by
+
+def blurred_noise(shape, sigma, seed=0):
+    """Noise of level sigma with a known correlation of neighbours, 2/3 along a row or a column."""
+    white = torch.randn((*shape[:2], shape[2] + 2, shape[3] + 2), generator=D.stream(seed, D.OBSERVE))
+    kernel = torch.tensor([0.5, 1.0, 0.5])
+    kernel = (kernel[:, None] * kernel[None]).expand(shape[1], 1, 3, 3)
+    return sigma / 1.5 * F.conv2d(white, kernel, groups=shape[1])
+
+def test_find_noise_tells_white_from_correlated():
+    x = smooth_image(128)
+    noise = D.find_noise(with_noise(x, 0.1))
+    assert noise.white and noise.level == pytest.approx(0.1, rel=0.04)
+    assert noise.neighbour == pytest.approx(0, abs=0.08)
+    noise = D.find_noise(x + blurred_noise(x.shape, 0.1))
+    assert not noise.white and noise.level == pytest.approx(0.1, rel=0.15)
+    assert noise.neighbour == pytest.approx(2 / 3, abs=0.12)
+    floored = D.find_noise(x + blurred_noise(x.shape, 0.1), floor=0.3)
+    assert floored.level == noise.level and floored.strength() == 0.3
+    assert floored.level_at(x).min() >= 0.3 and floored.level_at(x).max() <= 0.6
+    dark, middle, bright = D.find_noise(x + (0.1 + 0.05 * x) * torch.randn(x.shape)).thirds
+    assert dark < middle < bright
+
+def test_a_draw_of_noise_has_the_level_and_the_covariance_of_its_patches():
+    patches = torch.zeros(2, 3, 4, 4)
+    patches[0, :, 1, 1:3] = 1.0                     # neighbours in a row: correlation 1/2
+    patches[1, :2] = -patches[0, :2]                # two channels go together, the third half the way
+    noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.5, False, patches)
+    w = noise.draw(torch.empty(1, 3, 200, 200), D.stream(0, D.FIT))[0]
+    assert w.shape == (3, 200, 200) and w.mean().item() == pytest.approx(0, abs=0.01)
+    assert (w ** 2).mean().sqrt().item() == pytest.approx(0.2, rel=0.02)
+    unit = w / (w ** 2).mean(dim=(1, 2), keepdim=True).sqrt()
+    assert (unit[..., 1:] * unit[..., :-1]).mean().item() == pytest.approx(0.5, abs=0.02)
+    assert (unit[:, 1:] * unit[:, :-1]).mean().item() == pytest.approx(0, abs=0.02)
+    assert (unit[0] * unit[1]).mean().item() == pytest.approx(1, abs=0.02)
+    assert (unit[0] * unit[2]).mean().item() == pytest.approx(math.sqrt(0.5), abs=0.02)
+    white = replace(noise, white=True).draw(w[None], D.stream(0, D.FIT))
+    assert white.std().item() == pytest.approx(0.2, rel=0.02)
+    assert (white[..., 1:] * white[..., :-1]).mean().item() == pytest.approx(0, abs=0.001)
+
+def test_risk_is_unbiased_for_correlated_noise():
+    """Theorem 4 for a covariance: the mean of R over draws of all noise is the squared error."""
+    x = smooth_image(32)
+    task = D.Task("denoise", sigma=0.9)             # the ladder's level has no part in it
+    risks, gen = [], D.stream(1, D.FIT)
+    patches = blurred_noise((1, 3, 64, 64), 1.0, 9)[..., 4:20, 4:20]
+    source = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.6, False, patches)
+    for seed in range(150):
+        y = x + source.draw(x, D.stream(seed, D.OBSERVE))
+        seen, _, judge = D.hold_out(y, replace(task, noise=source), gen)
+        xhat = 0.8 * seen                           # an estimate that lets some of the noise through
+        error = ((xhat - x) ** 2).mean().item()
+        risks.append(judge(xhat) - error)
+    spread = np.std(risks) / math.sqrt(len(risks))
+    assert abs(np.mean(risks)) < 4 * spread and spread < 0.01
+
+def test_give_back():
+    y = smooth_image(32)
+    assert torch.allclose(D.give_back(y * 0.5, y, torch.tensor(0.0)), y)                  # no noise: the photo
+    assert torch.equal(D.give_back(y, y, torch.tensor(0.1)), y)
+    xhat = y + 0.1                                  # the removed part is 0.1 everywhere
+    assert torch.equal(D.give_back(xhat, y, torch.tensor(0.1)), xhat)                     # as strong as the noise
+    want = xhat - 0.1 * (1 - 1.3 * 0.05 ** 2 / 0.1 ** 2)
+    assert torch.allclose(D.give_back(xhat, y, torch.tensor(0.05)), want, atol=1e-6)
+    texture = torch.zeros(1, 3, 64, 64)
+    texture[..., ::2, 40:] = 0.8                    # detail that a fit has lost, in one place
+    y = texture + 0.05 * torch.randn(texture.shape, generator=D.stream(0, D.FIT))
+    got = D.give_back(torch.zeros_like(y), y, torch.tensor(0.05))
+    assert ((got - texture)[..., 48:] ** 2).mean() < 0.05 ** 2 * 1.01
+    assert ((got - texture)[..., :32] ** 2).mean() < 0.05 ** 2 * 0.1
+
+def test_detail_comes_back_where_the_noise_was_found():
+    y = with_noise(smooth_image(12))
+    plain = list(D.fit_dip(y, NOISY, **SMALL))[-1].answer
+    noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.0, True, torch.ones(1, 3, 4, 4))
+    found = list(D.fit_dip(y, replace(NOISY, noise=noise), **SMALL))[-1].answer
+    assert torch.equal(found, D.give_back(plain, y, torch.tensor(0.2)))
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+def test_the_level_follows_the_brightness():
+    noise = D.Noise(0.1, [0.1, 0.15, 0.9], [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
+    light = torch.tensor([-0.9, -0.5, -0.25, 0.0, 0.25, 0.9]).view(1, 1, 1, 6)
+    got = noise.level_at(light.expand(1, 3, -1, -1)).flatten().tolist()
+    assert got == pytest.approx([0.1, 0.1, 0.125, 0.15, 0.175, 0.2])            # 0.9 counts as 0.2
+    assert replace(noise, white=True).level_at(light).item() == pytest.approx(0.1)
+
+def test_settings_where_the_noise_is_not_white():
+    noise = D.Noise(0.1, [0.1] * 3, [-0.5, 0.0, 0.5], 0.6, False, torch.ones(1, 3, 4, 4))
+    y = torch.zeros(1, 3, 64, 64)
+    o = D.complete(D.Settings(), D.Task("denoise", sigma=0.1, noise=noise), y)
+    assert (o.high, o.low, o.tail) == (6.0, 2.0, 0.25)
+    noise = replace(noise, white=True)
+    assert D.complete(D.Settings(), D.Task("denoise", sigma=0.1, noise=noise), y).low == 0.4
 
 @pytest.mark.parametrize("source", ["fit", "hold out"])
 def test_conjugate_pair_is_uncorrelated(source):
@@ -806,8 +901,8 @@ def test_a_fit_ends_when_its_patience_does(monkeypatch):
 
 @pytest.mark.parametrize("stop", ["wmv", "emv"])
 def test_a_rule_that_watches_the_outputs(stop):
-    stages = list(D.fit_dip(with_noise(smooth_image(12)), NOISY, stop=stop, iters=110, nets=1, width=4,
-                            depth=1))
+    y = with_noise(smooth_image(12))
+    stages = list(D.fit_dip(y, NOISY, stop=stop, iters=110, nets=1, width=4, depth=1))
     *watched, closing = stages
     assert [stage.step for stage in watched] == list(range(1, 111)) and math.isnan(closing.risk)
     best = min(watched, key=lambda stage: stage.scores[stop])
@@ -1350,7 +1445,9 @@ def test_small_images(tmp_path, size, task):
 def observed(*flags):
     return D.observe(D.parse([str(word) for word in flags]))
 
-def test_told_changes_the_method_not_the_observation(photo):
+def test_told_changes_the_method_not_the_observation(tmp_path):
+    photo = tmp_path / "photo.png"
+    D.to_image(smooth_image(64)).save(photo)
     got = [observed("fit-dip", "--image", photo, *told) for told in ([], ["--told", 30], ["--told", 0])]
     assert all(torch.equal(got[0][1], y) for _, y, _ in got)
     assert [task.sigma for _, _, task in got] == pytest.approx(
@@ -1365,7 +1462,8 @@ def test_a_clean_photo_is_degraded_as_the_task_says(photo):
     _, y, _ = observed("fit-dip", "--image", photo, "--task", "denoise:50")
     assert (y - x).std().item() == pytest.approx(50 / 127.5, rel=0.1)
     clean, y, task = observed("fit-dip", "--image", photo, "--task", "denoise", "--observed")
-    assert clean is None and torch.equal(y, x) and task.sigma == D.estimate_sigma(x)
+    assert clean is None and torch.equal(y, x)
+    assert task.noise.level in (0, D.find_noise(x).level) and task.sigma == task.noise.level
 
 @pytest.mark.parametrize("extra", [
     "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --observed",
@@ -1380,6 +1478,117 @@ def test_sample(tmp_path, photo, priors, extra):
     assert 1 <= metrics["nfe"] <= 3 and metrics["t0"] >= metrics["nfe"]
     assert (metrics["psnr_dip"] is None) == ("--init dip" not in extra or "--observed" in extra)
     assert metrics["seconds"] == pytest.approx(metrics["seconds_dip"] + metrics["seconds_ddpm"])
+
+# ---- 9. photos as they are
+
+def noisy_photo(path, n=96, sigma=0.1):
+    """A photo whose noise is not white, saved as a picture of 8 bits."""
+    x = smooth_image(n)
+    y = x + blurred_noise(x.shape, sigma)
+    D.to_image(y).save(path)
+    return x
+
+def test_a_photo_with_noise_of_its_own(tmp_path, capsys):
+    x = noisy_photo(tmp_path / "p.png", n=300)
+    words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise", "--iters", 20,
+             "--rungs", 4, "--width", 8, "--out", tmp_path / "o"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    found = outputs(tmp_path / "o", FIT_KEYS)["noise"]
+    assert "not white" in said and found["white"] is False
+    assert found["level"] == pytest.approx(0.1 * 127.5, rel=0.15) and str(round(found["level"], 1)) in said
+    assert found["neighbour"] == pytest.approx(2 / 3, abs=0.12)
+    assert {"dark", "middle", "bright"} < set(found)
+    assert Image.open(tmp_path / "o" / "noise.png").size[0] > 400               # two panels
+    assert Image.open(tmp_path / "o" / "figure.png").size[1] > 2 * 300          # and the centres
+    y, answer = loaded(tmp_path / "p.png"), loaded(tmp_path / "o" / "result.png")
+    assert ((answer - x) ** 2).mean() <= 1.1 * ((y - x) ** 2).mean()
+
+def band_energies(error):
+    """The mean square of an image's Fourier coefficients in eight rings of frequency."""
+    power = torch.fft.fft2(error).abs() ** 2
+    u = torch.fft.fftfreq(error.shape[-1]).abs()
+    ring = (torch.maximum(u[:, None], u[None]) * 15.99).long()
+    return [power[..., ring == k].mean().item() for k in range(8)]
+
+def test_noise_told_wrongly_is_amplified_in_no_band(tmp_path, capsys):
+    """A grey wall with correlated noise of level 6 and white of 1, told to be white and 25."""
+    x = torch.full((1, 3, 96, 96), 0.1)
+    y = with_noise(x, 1 / 127.5) + blurred_noise(x.shape, 6 / 127.5, seed=1)
+    D.to_image(y).save(tmp_path / "p.png")
+    y = loaded(tmp_path / "p.png")
+    before = band_energies(y - x)
+    words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise:25", "--iters", 120,
+             "--nets", 1, "--out", tmp_path / "o"]
+    assert run(*words) == 0
+    assert "not white noise of level 25" in capsys.readouterr().out
+    after = band_energies(loaded(tmp_path / "o" / "result.png") - x)
+    assert all(b <= 1.02 * a for a, b in zip(before, after))
+    assert after[0] < 0.5 * before[0]               # and it is removed
+
+def test_told_rightly_nothing_is_said_and_insisting_is_obeyed(photo, tmp_path, capsys):
+    D.to_image(with_noise(smooth_image(96), 0.1)).save(tmp_path / "white.png")
+    _, _, task = observed("fit-dip", "--image", tmp_path / "white.png", "--observed", "--task", "denoise:13")
+    assert task.noise is None and task.sigma == 13 / 127.5
+    assert "instead" not in capsys.readouterr().out
+    noisy_photo(tmp_path / "p.png")
+    insist = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--noise", "white", "--task"]
+    _, _, task = observed(*insist, "denoise:25")
+    assert task.noise is None and task.sigma == 25 / 127.5
+    _, _, task = observed(*insist, "denoise")
+    assert task.noise.white and task.sigma == pytest.approx(0.1, rel=0.15)
+
+@pytest.mark.parametrize("kind", ["screenshot", "one pixel", "a line"])
+@pytest.mark.parametrize("command", ["fit-dip", "sample"])
+def test_where_no_noise_is_found_the_photo_comes_back(tmp_path, capsys, kind, command, priors):
+    pixels = np.full((1, 1, 3), 90, np.uint8)
+    if kind != "one pixel":
+        pixels = np.full((3, 70, 3) if kind == "a line" else (60, 70, 3), 240, np.uint8)
+        pixels[1:40, 20:50] = (20, 90, 200)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    flags = ["--ckpt", priors / "dip.pt", "--init", "observed"] if command == "sample" else []
+    words = ["--image", tmp_path / "p.png", "--observed", "--task", "denoise", "--out", tmp_path / "o"]
+    assert run(command, *flags, *words) == 0
+    assert "nothing is found to remove" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "o" / "result.png").convert("RGB")), pixels)
+    assert read_json(tmp_path / "o" / "metrics.json")["noise"]["level"] == 0
+
+def test_jpeg_level(tmp_path):
+    image = D.to_image(smooth_image(32))
+    image.save(tmp_path / "p.png")
+    assert D.jpeg_level(tmp_path / "p.png") == 0
+    levels = []
+    for quality in (95, 75, 50):
+        image.save(tmp_path / "p.jpg", quality=quality)
+        levels.append(D.jpeg_level(tmp_path / "p.jpg") * 127.5)
+        steps = Image.open(tmp_path / "p.jpg").quantization[0]
+        assert levels[-1] == pytest.approx(math.sqrt(sum(q * q for q in steps) / 64 / 12) / 2)
+    assert levels == sorted(levels) and levels[1] == pytest.approx(4.87, abs=0.01)
+
+def test_what_cannot_be_right_is_said(tmp_path, capsys, monkeypatch):
+    white = with_noise(torch.zeros(1, 3, 64, 64), 0.05).clamp(-1, 1)
+    white[..., :20] = 1.0                           # nearly a third is clipped
+    D.to_image(white).save(tmp_path / "p.png")
+    observed("fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise")
+    assert "a fifth of the photo is clipped" in capsys.readouterr().out
+    flags = ["--image", tmp_path / "p.png", "--out", tmp_path / "o", "--task", "denoise:10", "--iters", 60,
+             "--nets", 1, "--width", 8]
+    assert run("fit-dip", *flags, "--told", 40) == 0                            # four times too much
+    assert "R is below zero by more than its spread" in capsys.readouterr().out
+    assert run("fit-dip", *flags) == 0
+    assert "R is below zero" not in capsys.readouterr().out
+
+def test_sample_drowns_noise_that_is_not_white(tmp_path, priors, monkeypatch):
+    noisy_photo(tmp_path / "p.png", sigma=0.05)
+    prior = D.Prior(load(priors / "dip.pt"))
+    words = ["sample", "--init", "observed", "--image", tmp_path / "p.png", "--observed", "--task",
+             "denoise", "--steps", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path / "o"]
+    assert run(*words) == 0
+    metrics = outputs(tmp_path / "o", SAMPLE_KEYS)
+    level = metrics["noise"]["level"] / 127.5
+    assert metrics["t0"] == prior.schedule.start_t((2 * level) ** 2)
+
+# ---- 9. the commands
 
 def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, priors):
     prior = D.Prior(load(priors / "dip.pt"))
@@ -1397,7 +1606,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
 def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode, monkeypatch):
     """Nothing is known: the result is the first, and does not depend on how many there are."""
     panels, original = [], D.figure
-    monkeypatch.setattr(D, "figure", lambda page: panels.append(page) or original(page))
+    monkeypatch.setattr(D, "figure", lambda page, *more: panels.append(page) or original(page, *more))
     D.to_image(smooth_image(channels=len(mode))).save(tmp_path / "photo.png")
     flags = ["sample", "--init", "noise", "--task", "inpaint:1", "--steps", 3, "--image",
              tmp_path / "photo.png", "--ckpt", priors / kind]
@@ -1694,7 +1903,6 @@ fit-dip P --task denoise:nan -> --task
 fit-dip P --task denoise -> --task
 fit-dip P --task inpaint:1 -> --task
 fit-dip P --task superres:5 -> --task
-fit-dip --image one.png --task denoise --observed -> --task
 fit-dip P --task inpaint --observed -> --mask
 fit-dip P --task inpaint --mask small.png -> --mask
 fit-dip P --task inpaint --mask black.png -> --mask
