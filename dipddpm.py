@@ -247,6 +247,10 @@ class Task:
         """Whether a photo's noise was looked for, and found not to be white."""
         return self.noise is not None and not self.noise.white
 
+    def noise_level(self) -> float:
+        """The standard deviation of y's noise, of which R has to know."""
+        return self.sigma if self.noise is None else self.noise.level
+
     def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
         """Noise with the covariance that y's noise is taken to have."""
         if self.noise is not None:
@@ -322,9 +326,9 @@ class Noise:
         count, _, side, _ = self.patches.shape
         height, width = like.shape[2:]
         eps = torch.randn((1, count, height + side - 1, width + side - 1), generator=gen)
-        w = F.conv2d(eps, self.patches.movedim(0, 1).cpu())
-        scale = self.level / (self.patches ** 2).sum(dim=(0, 2, 3)).mean().clamp(min=1e-20).sqrt()
-        return scale.item() * w.to(like)
+        w = F.conv2d(eps, self.patches.movedim(0, 1))
+        energy = (self.patches ** 2).sum() / self.patches.shape[1]          # the variance of w
+        return self.level / math.sqrt(max(energy.item(), 1e-20)) * w.to(like)
 
 def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     """Look for the noise of a photo, 1 x C x H x W, where it is flat.
@@ -357,11 +361,13 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
         places.append(brightness[third][flat].mean().item())
     sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from all over the photo
     patches = pixels[sixteen].view(-1, y.shape[1], side, side)
-    across = (patches[..., 1:] * patches[..., :-1]).mean() / (patches ** 2).mean().clamp(min=1e-20)
+    products = patches[..., 1:] * patches[..., :-1]
+    neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     white = level / 3 < sigma < 1.25 * level and sigma > floor
-    level = sigma if white else level
-    return Noise(level, thirds, places, across.item(), white, patches, floor)
+    if white:
+        level = sigma
+    return Noise(level, thirds, places, neighbour.item(), white, patches, floor)
 
 def cut_squares(y: Tensor, side: int) -> Tensor:
     """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
@@ -399,8 +405,8 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
     it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
     """
     removed = y - xhat
-    energy = F.pad((removed ** 2).mean(dim=1, keepdim=True), (5, 5, 5, 5), mode="replicate")
-    energy = F.avg_pool2d(energy, 11, stride=1)
+    energy = (removed ** 2).mean(dim=1, keepdim=True)
+    energy = F.avg_pool2d(F.pad(energy, (5, 5, 5, 5), mode="replicate"), 11, stride=1)
     # The energy of the noise alone differs from window to window: by a third, to be safe.
     detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
     return xhat + detail.clamp(min=0) * removed
@@ -414,8 +420,7 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     """
     if task.sigma > 0:
         w = task.draw(y, gen)
-        level = task.noise.level if task.noise else task.sigma
-        floor = level ** 2 + (w ** 2).mean().item() / a ** 2
+        floor = task.noise_level() ** 2 + (w ** 2).mean().item() / a ** 2
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
     height, width = y.shape[2:]
@@ -1488,7 +1493,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
         interrupted = True
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk, seconds=seconds,
                    interrupted=interrupted)
-    spread = task.sigma ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
+    spread = task.noise_level() ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
     if stage.risk < -2 * spread:
         say("R is below zero by more than its spread: the noise is not as it is taken to be; "
             "for a photo of your own use --observed --task denoise, without a number")
@@ -1540,9 +1545,8 @@ def cmd_sample(args):
     prior = load_prior(args, y.shape[1])
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     start = task.interpolate(y)
-    noise = task.sigma
-    if task.coloured():
-        noise *= 2                      # as where the ladder ends: white noise that drowns it
+    # Noise that is not white is drowned by white noise twice as strong, as where the ladder ends.
+    noise = 2 * task.sigma if task.coloured() else task.sigma
     risk = (noise or GUESS) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
@@ -1572,15 +1576,15 @@ def cmd_sample(args):
         samples = start                 # what there is so far
         metrics["interrupted"] = True
     mean = samples.mean(dim=0, keepdim=True)
+    if task.noise is not None:
+        mean = give_back(mean, y, task.noise.level_at(mean))
     if metrics["interrupted"]:
         panels.append(("start", start))
     else:
-        if task.noise is not None:
-            mean = give_back(mean, y, task.noise.level_at(mean))
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
     if not task.mask.any():             # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
-    metrics.update(compare_samples(samples, x))
+    metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
     curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
