@@ -427,14 +427,29 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     known = task.mask.to(y).expand(1, 1, height, width)
     count = max(1, round(0.1 * known.sum().item()))
     side = max(1, min(hole_side(known), int(count ** 0.5)))
-    # Each square draws a lot; the known pixels with the lowest lots are the judges.
-    squares = torch.rand((1, 1, height // side + 1, width // side + 1), generator=gen).to(y)
-    lots = F.interpolate(squares, scale_factor=float(side))[..., :height, :width]
-    lots = torch.where(known > 0, lots, 2.0)
+    lots = draw_lots(known, side, gen)          # the known pixels with the lowest are the judges
     judges = (lots <= lots.flatten().kthvalue(count).values).float()
     seen = known - judges
     judge = partial(held_out_risk, replace(task, mask=judges), y * judges, 0.0)
     return y * seen, replace(task, mask=seen), judge
+
+def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
+    """A lot in 0..1 for each known pixel of N x 1 x H x W, the same for all pixels of a square."""
+    count, _, height, width = known.shape
+    squares = torch.rand((count, 1, height // side + 1, width // side + 1), generator=gen)
+    lots = F.interpolate(squares.to(known), scale_factor=float(side))[..., :height, :width]
+    return torch.where(known > 0, lots, 2.0)
+
+def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
+    """The pair of an observation with holes: (what is seen, its holes filled; the task of the rest).
+
+    A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
+    that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
+    """
+    mask = task.mask.to(y).expand(len(y), 1, *y.shape[2:])
+    hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
+    seen = replace(task, mask=mask - hidden)
+    return seen.interpolate(y), replace(task, mask=hidden)
 
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
@@ -611,6 +626,8 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # network to see, z2 = y - w / a to compare with. Given x their errors are independent (Lemma 2), so
 # a network cannot learn the noise of one from the other: on the average it learns x. The ladder
 # lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
+# Where pixels are missing, and there is no noise, the pair is a part of the known pixels and the
+# rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
 # A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
@@ -662,15 +679,15 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
     source, aim = METHODS[o.method]
-    if o.method in ("staged", "adapt") and not noisy:
-        source = "estimate"
+    if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
+        source, aim = "estimate", "plain"
     o = replace(o, input=o.input or source, target=o.target or aim)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
         values.update(iters=250, nets=2, high=2.0, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged" and task.scale == 1:
-        values.update(iters=200, nets=2, optimiser="muon", lr=0.05)
+        values.update(iters=200, nets=2, high=1.5, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged":          # here Muon was 0.7 dB below Adam (BSDS, superres:4)
         values.update(iters=400, nets=2)
     elif o.method == "adapt" and noisy:
@@ -751,6 +768,10 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
         raise FloatingPointError("the loss is not finite")
     return loss
 
+def splits(o: Settings, task: Task) -> bool:
+    """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
+    return o.target == "conjugate" and task.sigma == 0 and task.scale == 1
+
 def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
     """The windows of an image as a batch; scale = s for an image on the grid of x, not of y."""
     if scale > 1:
@@ -811,7 +832,9 @@ class Fit:
         unit = task.sigma or FREE_UNIT
         mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
         # The pair may be turned (Theorem 3 of report.md); other targets are not.
-        turning = o.turns and o.target == "conjugate" and task.sigma > 0
+        turning = o.turns and o.target == "conjugate"
+        splitting = splits(o, task)
+        side = hole_side(mask)
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
@@ -827,10 +850,16 @@ class Fit:
                     w = unit * torch.randn(shape, generator=self.gen).to(y)
                 z, level = noisy_input(o, base_part, a, w, task.sigma)      # z1 = y + a w
                 target = noisy_target(o, y_part, a, w, task_part)           # z2 = y - w / a
+                compared = task_part
+                if splitting:
+                    seen, compared = split_pixels(y_part, task_part, a, side, self.gen)
+                    target = y_part * compared.mask
+                    if o.input == "observed":
+                        z = seen
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z, g), level), g)
-                self.learn(fit_loss(o, output, target, task_part, level, self.prior))
+                self.learn(fit_loss(o, output, target, compared, level, self.prior))
                 if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
@@ -838,8 +867,9 @@ class Fit:
             if self.windowed:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
-            mse = task_part.mse(output, target).item()
-            yield Stage(self.step, level, z, output.detach(), target, mse, average)
+            mse = compared.mse(output, target).item()
+            noise = 0.0 if splitting else level
+            yield Stage(self.step, noise, z, output.detach(), target, mse, average)
 
     def share(self) -> float:
         """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
@@ -917,10 +947,15 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     watched = max(1, round((1 - o.tail) * len(rungs)))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
+    start = seen_task.interpolate(seen)
     for number in range(o.nets):
+        if number > 0 and splits(o, task):      # the first learned from pairs, the next see all
+            o = replace(o, input="estimate", target="plain", high=2 * o.high)
+            rungs = ladder(o)
+            start = best.average
         fit = Fit(o, y, task, gen, prior, tick)
         variance, scores = MovingVariance(), []
-        for stage in fit.descend(seen, seen_task, rungs[:watched], seen_task.interpolate(seen)):
+        for stage in fit.descend(seen, seen_task, rungs[:watched], start):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
@@ -948,9 +983,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-    if judge is not None:
-        found["risk"] = judge(mean_image(blind))
+        if judge is not None and judge(mean_image(blind)) > judge(mean_image(blind[:-1] or blind)):
+            answers.pop()               # R says that this network makes the mean worse
+            blind.pop()
     answer = mean_image(answers)
+    blind_answer = mean_image(blind)
+    if o.method == "staged" and task.scale > 1:
+        # Its errors and those of the interpolation differ; R sees too little to weigh the two.
+        answer = mean_image([answer, task.keep_known(task.interpolate(y), y)])
+        blind_answer = mean_image([blind_answer, seen_task.keep_known(start, seen)])
+    if judge is not None:
+        found["risk"] = judge(blind_answer)
     if task.noise is not None and o.target == "conjugate":
         answer = give_back(answer, y, task.noise.level_at(answer))
     found["answer"] = found["average"] = answer
@@ -1482,7 +1525,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             row["psnr_risk"] = in_db(stage.scores.get("holdout", math.nan))
             rows.append(row | stage.scores)
             if stage.number == 0 and stage.input.shape == stage.average.shape:
-                frames.append([(f"seen: noise {noise:.0f}", shrink(stage.input), ""),
+                title = f"seen: noise {noise:.0f}" if noise > 0 else "seen"
+                frames.append([(title, shrink(stage.input), ""),
                                ("estimate", shrink(stage.average), "")])
             looking += time.monotonic() - begin
     except FloatingPointError as error:
@@ -1977,8 +2021,8 @@ def refuse_idle_flags(args):
     method = args.method or "staged"
     source = args.input or METHODS[method][0]
     aim = args.target or METHODS[method][1]
-    if name != "denoise" and aim == "conjugate":
-        aim = "plain"                   # without noise there is no pair
+    if name == "superres" and aim == "conjugate":
+        aim = "plain"                   # here there is no pair
     settings = [f.name for f in fields(Settings)]
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
