@@ -692,6 +692,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=400, nets=2)
     elif o.method == "adapt" and noisy:
         values.update(iters=100, lr=1e-4, tail=0.25)
+    elif o.method == "adapt" and task.scale == 1:
+        values.update(iters=100, lr=5e-4, high=1.5, tail=0.25)
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
     if task.coloured():
