@@ -801,6 +801,36 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
+class MovingVariance:
+    """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
+    exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
+    def __init__(self, window: int = 100, alpha: float = 0.1):
+        self.outputs = deque(maxlen=window)
+        self.alpha = alpha
+        self.mean = self.emv = 0.0
+
+    def update(self, output: Tensor) -> dict:
+        """Both scores after this output; wmv is inf until its window is full."""
+        self.outputs.append(output)
+        distance = ((output - self.mean) ** 2).mean().item()
+        self.emv = (1 - self.alpha) * (self.emv + self.alpha * distance)
+        self.mean = self.mean + self.alpha * (output - self.mean)
+        wmv = math.inf
+        if len(self.outputs) == self.outputs.maxlen:
+            wmv = torch.cat(list(self.outputs)).var(dim=0, correction=0).mean().item()
+        return {"wmv": wmv, "emv": self.emv}
+
+def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
+    """Where the smallest score stands, for a fit that ends after `patience` scores without a
+    smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
+    best = 0
+    for k, score in enumerate(scores):
+        if score < scores[best] or math.isinf(scores[best]):
+            best = k
+        elif k - best >= patience:
+            return best, True
+    return best, False
+
 class Fit:
     """One network on its way down the ladder, and all that changes as it learns."""
     def __init__(self, o: Settings, y: Tensor, task: Task, gen: torch.Generator, prior, tick):
@@ -901,35 +931,26 @@ class Fit:
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
-class MovingVariance:
-    """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
-    exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
-    def __init__(self, window: int = 100, alpha: float = 0.1):
-        self.outputs = deque(maxlen=window)
-        self.alpha = alpha
-        self.mean = self.emv = 0.0
-
-    def update(self, output: Tensor) -> dict:
-        """Both scores after this output; wmv is inf until its window is full."""
-        self.outputs.append(output)
-        distance = ((output - self.mean) ** 2).mean().item()
-        self.emv = (1 - self.alpha) * (self.emv + self.alpha * distance)
-        self.mean = self.mean + self.alpha * (output - self.mean)
-        wmv = math.inf
-        if len(self.outputs) == self.outputs.maxlen:
-            wmv = torch.cat(list(self.outputs)).var(dim=0, correction=0).mean().item()
-        return {"wmv": wmv, "emv": self.emv}
-
-def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
-    """Where the smallest score stands, for a fit that ends after `patience` scores without a
-    smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
-    best = 0
-    for k, score in enumerate(scores):
-        if score < scores[best] or math.isinf(scores[best]):
-            best = k
-        elif k - best >= patience:
-            return best, True
-    return best, False
+    def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[Stage]:
+        """A descent that a stop rule watches. It leaves behind self.best, the best stage, and the
+        weights of that stage in the network."""
+        o = self.o
+        variance, scores = MovingVariance(), []
+        for stage in self.descend(y, task, rungs, start):
+            stage.scores["fixed"] = -stage.step
+            if judge is not None:
+                stage.scores["holdout"] = judge(stage.average)
+            if o.rungs == o.iters:              # each step is a stage, as these rules want it
+                stage.scores.update(variance.update(stage.output))
+            scores.append(stage.scores[o.stop])
+            best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
+            if best_rung == len(scores) - 1:
+                self.best = stage
+                weights = copy.deepcopy(self.judged.state_dict())
+            yield stage
+            if ended:
+                break
+        self.judged.load_state_dict(weights)
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
@@ -945,37 +966,24 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     seen, seen_task, judge = y, task, None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
+    start = seen_task.interpolate(seen)
     rungs = ladder(o)
     watched = max(1, round((1 - o.tail) * len(rungs)))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
-    start = seen_task.interpolate(seen)
     for number in range(o.nets):
         if number > 0 and splits(o, task):      # the first learned from pairs, the next see all
             o = replace(o, input="estimate", target="plain", high=2 * o.high)
             rungs = ladder(o)
             start = best.average
         fit = Fit(o, y, task, gen, prior, tick)
-        variance, scores = MovingVariance(), []
-        for stage in fit.descend(seen, seen_task, rungs[:watched], start):
-            stage.scores["fixed"] = -stage.step
-            if judge is not None:
-                stage.scores["holdout"] = judge(stage.average)
-            if o.rungs == o.iters:              # each step is a stage, as these rules want it
-                stage.scores.update(variance.update(stage.output))
-            scores.append(stage.scores[o.stop])
-            best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
-            if best_rung == len(scores) - 1:
-                best = stage
-                weights = copy.deepcopy(fit.judged.state_dict())
+        for stage in fit.search(seen, seen_task, rungs[:watched], start, judge):
+            best = fit.best                     # so far
             found = dict(number=number, stop_step=steps + best.step)
             if judge is not None:
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-            if ended:
-                break
-        fit.judged.load_state_dict(weights)
         answer = best.average
         if fit.windowed:                # this look is the tail: it sees all of y
             answer = fit.look(y, task, answer, turns=4)
@@ -985,17 +993,16 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-        if judge is not None and judge(mean_image(blind)) > judge(mean_image(blind[:-1] or blind)):
+        if number > 0 and judge and judge(mean_image(blind)) > judge(mean_image(blind[:-1])):
             answers.pop()               # R says that this network makes the mean worse
             blind.pop()
-    answer = mean_image(answers)
-    blind_answer = mean_image(blind)
     if o.method == "staged" and task.scale > 1:
-        # Its errors and those of the interpolation differ; R sees too little to weigh the two.
-        answer = mean_image([answer, task.keep_known(task.interpolate(y), y)])
-        blind_answer = mean_image([blind_answer, seen_task.keep_known(start, seen)])
+        # Their errors and the interpolation's differ, and R sees too little to weigh the two.
+        answers = [mean_image(answers), task.keep_known(task.interpolate(y), y)]
+        blind = [mean_image(blind), seen_task.keep_known(start, seen)]
     if judge is not None:
-        found["risk"] = judge(blind_answer)
+        found["risk"] = judge(mean_image(blind))
+    answer = mean_image(answers)
     if task.noise is not None and o.target == "conjugate":
         answer = give_back(answer, y, task.noise.level_at(answer))
     found["answer"] = found["average"] = answer
@@ -1626,17 +1633,20 @@ def cmd_sample(args):
         mean = give_back(mean, y, task.noise.level_at(mean))
     if metrics["interrupted"]:
         panels.append(("start", start))
-    else:
+    elif task.mask.any():
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
-    if not task.mask.any():             # nothing is known: the samples are pictures of their own
+    else:                               # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
-    curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
-    chart = plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
-    finish(args, x, y, task, panels, rows, chart, metrics)
+    finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
+
+def sampling_curve(rows: list) -> Image.Image:
+    """PSNR of the predicted x_0 against network calls."""
+    curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
+    return plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
 
 def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     """How far samples are from the clean image, alone and as a mean, and from each other."""
