@@ -966,13 +966,14 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     seen, seen_task, judge = y, task, None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
-    start = seen_task.interpolate(seen)
+    guess = start = seen_task.interpolate(seen)
+    paired = splits(o, task)
     rungs = ladder(o)
     watched = max(1, round((1 - o.tail) * len(rungs)))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
     for number in range(o.nets):
-        if number > 0 and splits(o, task):      # the first learned from pairs, the next see all
+        if number == 1 and paired:      # the first learned from pairs, the next see all pixels
             o = replace(o, input="estimate", target="plain", high=2 * o.high)
             rungs = ladder(o)
             start = best.average
@@ -980,7 +981,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         for stage in fit.search(seen, seen_task, rungs[:watched], start, judge):
             best = fit.best                     # so far
             found = dict(number=number, stop_step=steps + best.step)
-            if judge is not None:
+            if judge:
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
@@ -993,14 +994,14 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-        if number > 0 and judge and judge(mean_image(blind)) > judge(mean_image(blind[:-1])):
-            answers.pop()               # R says that this network makes the mean worse
+        if number > 0 and paired and judge and judge(mean_image(blind)) > judge(start):
+            answers.pop()               # R says that this network makes the answer worse
             blind.pop()
     if o.method == "staged" and task.scale > 1:
         # Their errors and the interpolation's differ, and R sees too little to weigh the two.
         answers = [mean_image(answers), task.keep_known(task.interpolate(y), y)]
-        blind = [mean_image(blind), seen_task.keep_known(start, seen)]
-    if judge is not None:
+        blind = [mean_image(blind), seen_task.keep_known(guess, seen)]
+    if judge:
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
     if task.noise is not None and o.target == "conjugate":
