@@ -864,7 +864,7 @@ class Fit:
         unit = task.sigma or FREE_UNIT
         mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
         # The pair may be turned (Theorem 3 of report.md); other targets are not.
-        turning = o.turns and o.target == "conjugate"
+        turning = o.turns and o.target == "conjugate" and scale == 1
         splitting = splits(o, task)
         side = hole_side(mask)
         g = 0
