@@ -427,14 +427,29 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     known = task.mask.to(y).expand(1, 1, height, width)
     count = max(1, round(0.1 * known.sum().item()))
     side = max(1, min(hole_side(known), int(count ** 0.5)))
-    # Each square draws a lot; the known pixels with the lowest lots are the judges.
-    squares = torch.rand((1, 1, height // side + 1, width // side + 1), generator=gen).to(y)
-    lots = F.interpolate(squares, scale_factor=float(side))[..., :height, :width]
-    lots = torch.where(known > 0, lots, 2.0)
+    lots = draw_lots(known, side, gen)          # the known pixels with the lowest are the judges
     judges = (lots <= lots.flatten().kthvalue(count).values).float()
     seen = known - judges
     judge = partial(held_out_risk, replace(task, mask=judges), y * judges, 0.0)
     return y * seen, replace(task, mask=seen), judge
+
+def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
+    """A lot in 0..1 for each known pixel of N x 1 x H x W, the same for all pixels of a square."""
+    count, _, height, width = known.shape
+    squares = torch.rand((count, 1, height // side + 1, width // side + 1), generator=gen)
+    lots = F.interpolate(squares.to(known), scale_factor=float(side))[..., :height, :width]
+    return torch.where(known > 0, lots, 2.0)
+
+def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
+    """The pair of an observation with holes: (what is seen, its holes filled; the task of the rest).
+
+    A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
+    that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
+    """
+    mask = task.mask.to(y).expand(len(y), 1, *y.shape[2:])
+    hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
+    seen = replace(task, mask=mask - hidden)
+    return seen.interpolate(y), replace(task, mask=hidden)
 
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
@@ -611,6 +626,8 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # network to see, z2 = y - w / a to compare with. Given x their errors are independent (Lemma 2), so
 # a network cannot learn the noise of one from the other: on the average it learns x. The ladder
 # lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
+# Where pixels are missing, and there is no noise, the pair is a part of the known pixels and the
+# rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
 # A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
@@ -662,19 +679,21 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
     source, aim = METHODS[o.method]
-    if o.method in ("staged", "adapt") and not noisy:
-        source = "estimate"
+    if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
+        source, aim = "estimate", "plain"
     o = replace(o, input=o.input or source, target=o.target or aim)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
         values.update(iters=250, nets=2, high=2.0, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged" and task.scale == 1:
-        values.update(iters=200, nets=2, optimiser="muon", lr=0.05)
+        values.update(iters=200, nets=2, high=1.5, optimiser="muon", lr=0.05, tail=0.25)
     elif o.method == "staged":          # here Muon was 0.7 dB below Adam (BSDS, superres:4)
         values.update(iters=400, nets=2)
     elif o.method == "adapt" and noisy:
         values.update(iters=100, lr=1e-4, tail=0.25)
+    elif o.method == "adapt" and task.scale == 1:
+        values.update(iters=100, lr=5e-4, high=1.5, tail=0.25)
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
     if task.coloured():
@@ -751,6 +770,10 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
         raise FloatingPointError("the loss is not finite")
     return loss
 
+def splits(o: Settings, task: Task) -> bool:
+    """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
+    return o.target == "conjugate" and task.sigma == 0 and task.scale == 1
+
 def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
     """The windows of an image as a batch; scale = s for an image on the grid of x, not of y."""
     if scale > 1:
@@ -777,6 +800,36 @@ class Stage:
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
+
+class MovingVariance:
+    """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
+    exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
+    def __init__(self, window: int = 100, alpha: float = 0.1):
+        self.outputs = deque(maxlen=window)
+        self.alpha = alpha
+        self.mean = self.emv = 0.0
+
+    def update(self, output: Tensor) -> dict:
+        """Both scores after this output; wmv is inf until its window is full."""
+        self.outputs.append(output)
+        distance = ((output - self.mean) ** 2).mean().item()
+        self.emv = (1 - self.alpha) * (self.emv + self.alpha * distance)
+        self.mean = self.mean + self.alpha * (output - self.mean)
+        wmv = math.inf
+        if len(self.outputs) == self.outputs.maxlen:
+            wmv = torch.cat(list(self.outputs)).var(dim=0, correction=0).mean().item()
+        return {"wmv": wmv, "emv": self.emv}
+
+def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
+    """Where the smallest score stands, for a fit that ends after `patience` scores without a
+    smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
+    best = 0
+    for k, score in enumerate(scores):
+        if score < scores[best] or math.isinf(scores[best]):
+            best = k
+        elif k - best >= patience:
+            return best, True
+    return best, False
 
 class Fit:
     """One network on its way down the ladder, and all that changes as it learns."""
@@ -811,7 +864,9 @@ class Fit:
         unit = task.sigma or FREE_UNIT
         mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
         # The pair may be turned (Theorem 3 of report.md); other targets are not.
-        turning = o.turns and o.target == "conjugate" and task.sigma > 0
+        turning = o.turns and o.target == "conjugate" and scale == 1
+        splitting = splits(o, task)
+        side = hole_side(mask)
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
@@ -827,10 +882,16 @@ class Fit:
                     w = unit * torch.randn(shape, generator=self.gen).to(y)
                 z, level = noisy_input(o, base_part, a, w, task.sigma)      # z1 = y + a w
                 target = noisy_target(o, y_part, a, w, task_part)           # z2 = y - w / a
+                compared = task_part
+                if splitting:
+                    seen, compared = split_pixels(y_part, task_part, a, side, self.gen)
+                    target = y_part * compared.mask
+                    if o.input == "observed":
+                        z = seen
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z, g), level), g)
-                self.learn(fit_loss(o, output, target, task_part, level, self.prior))
+                self.learn(fit_loss(o, output, target, compared, level, self.prior))
                 if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
@@ -838,8 +899,9 @@ class Fit:
             if self.windowed:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
-            mse = task_part.mse(output, target).item()
-            yield Stage(self.step, level, z, output.detach(), target, mse, average)
+            mse = compared.mse(output, target).item()
+            noise = 0.0 if splitting else level
+            yield Stage(self.step, noise, z, output.detach(), target, mse, average)
 
     def share(self) -> float:
         """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
@@ -869,35 +931,26 @@ class Fit:
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
-class MovingVariance:
-    """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
-    exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
-    def __init__(self, window: int = 100, alpha: float = 0.1):
-        self.outputs = deque(maxlen=window)
-        self.alpha = alpha
-        self.mean = self.emv = 0.0
-
-    def update(self, output: Tensor) -> dict:
-        """Both scores after this output; wmv is inf until its window is full."""
-        self.outputs.append(output)
-        distance = ((output - self.mean) ** 2).mean().item()
-        self.emv = (1 - self.alpha) * (self.emv + self.alpha * distance)
-        self.mean = self.mean + self.alpha * (output - self.mean)
-        wmv = math.inf
-        if len(self.outputs) == self.outputs.maxlen:
-            wmv = torch.cat(list(self.outputs)).var(dim=0, correction=0).mean().item()
-        return {"wmv": wmv, "emv": self.emv}
-
-def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
-    """Where the smallest score stands, for a fit that ends after `patience` scores without a
-    smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
-    best = 0
-    for k, score in enumerate(scores):
-        if score < scores[best] or math.isinf(scores[best]):
-            best = k
-        elif k - best >= patience:
-            return best, True
-    return best, False
+    def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[Stage]:
+        """A descent that a stop rule watches. It leaves behind self.best, the best stage, and the
+        weights of that stage in the network."""
+        o = self.o
+        variance, scores = MovingVariance(), []
+        for stage in self.descend(y, task, rungs, start):
+            stage.scores["fixed"] = -stage.step
+            if judge is not None:
+                stage.scores["holdout"] = judge(stage.average)
+            if o.rungs == o.iters:              # each step is a stage, as these rules want it
+                stage.scores.update(variance.update(stage.output))
+            scores.append(stage.scores[o.stop])
+            best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
+            if best_rung == len(scores) - 1:
+                self.best = stage
+                weights = copy.deepcopy(self.judged.state_dict())
+            yield stage
+            if ended:
+                break
+        self.judged.load_state_dict(weights)
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
@@ -913,32 +966,25 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     seen, seen_task, judge = y, task, None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
+    guess = start = seen_task.interpolate(seen)
+    paired = splits(o, task)
     rungs = ladder(o)
     watched = max(1, round((1 - o.tail) * len(rungs)))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
     for number in range(o.nets):
+        if number == 1 and paired:      # the first learned from pairs, the next see all pixels
+            o = replace(o, input="estimate", target="plain", high=2 * o.high)
+            rungs = ladder(o)
+            start = best.average
         fit = Fit(o, y, task, gen, prior, tick)
-        variance, scores = MovingVariance(), []
-        for stage in fit.descend(seen, seen_task, rungs[:watched], seen_task.interpolate(seen)):
-            stage.scores["fixed"] = -stage.step
-            if judge is not None:
-                stage.scores["holdout"] = judge(stage.average)
-            if o.rungs == o.iters:              # each step is a stage, as these rules want it
-                stage.scores.update(variance.update(stage.output))
-            scores.append(stage.scores[o.stop])
-            best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
-            if best_rung == len(scores) - 1:
-                best = stage
-                weights = copy.deepcopy(fit.judged.state_dict())
+        for stage in fit.search(seen, seen_task, rungs[:watched], start, judge):
+            best = fit.best                     # so far
             found = dict(number=number, stop_step=steps + best.step)
-            if judge is not None:
+            if judge:
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-            if ended:
-                break
-        fit.judged.load_state_dict(weights)
         answer = best.average
         if fit.windowed:                # this look is the tail: it sees all of y
             answer = fit.look(y, task, answer, turns=4)
@@ -948,7 +994,14 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-    if judge is not None:
+        if number > 0 and paired and judge and judge(mean_image(blind)) > judge(start):
+            answers.pop()               # R says that this network makes the answer worse
+            blind.pop()
+    if o.method == "staged" and task.scale > 1:
+        # Their errors and the interpolation's differ, and R sees too little to weigh the two.
+        answers = [mean_image(answers), task.keep_known(task.interpolate(y), y)]
+        blind = [mean_image(blind), seen_task.keep_known(guess, seen)]
+    if judge:
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
     if task.noise is not None and o.target == "conjugate":
@@ -1482,7 +1535,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             row["psnr_risk"] = in_db(stage.scores.get("holdout", math.nan))
             rows.append(row | stage.scores)
             if stage.number == 0 and stage.input.shape == stage.average.shape:
-                frames.append([(f"seen: noise {noise:.0f}", shrink(stage.input), ""),
+                title = f"seen: noise {noise:.0f}" if noise > 0 else "seen"
+                frames.append([(title, shrink(stage.input), ""),
                                ("estimate", shrink(stage.average), "")])
             looking += time.monotonic() - begin
     except FloatingPointError as error:
@@ -1580,17 +1634,20 @@ def cmd_sample(args):
         mean = give_back(mean, y, task.noise.level_at(mean))
     if metrics["interrupted"]:
         panels.append(("start", start))
-    else:
+    elif task.mask.any():
         panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
-    if not task.mask.any():             # nothing is known: the samples are pictures of their own
+    else:                               # nothing is known: the samples are pictures of their own
         panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
-    curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
-    chart = plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
-    finish(args, x, y, task, panels, rows, chart, metrics)
+    finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
+
+def sampling_curve(rows: list) -> Image.Image:
+    """PSNR of the predicted x_0 against network calls."""
+    curve = ("mean of the samples", [row["call"] for row in rows], [row["psnr"] for row in rows])
+    return plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
 
 def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     """How far samples are from the clean image, alone and as a mean, and from each other."""
@@ -1977,8 +2034,8 @@ def refuse_idle_flags(args):
     method = args.method or "staged"
     source = args.input or METHODS[method][0]
     aim = args.target or METHODS[method][1]
-    if name != "denoise" and aim == "conjugate":
-        aim = "plain"                   # without noise there is no pair
+    if name == "superres" and aim == "conjugate":
+        aim = "plain"                   # here there is no pair
     settings = [f.name for f in fields(Settings)]
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),

@@ -456,6 +456,35 @@ def test_held_out_pixels_are_as_deep_as_the_holes():
     assert held.min() == 0 and 0.05 < held.sum() / box.sum() < 0.3
     assert (F.avg_pool2d(held, 9, 1, 4) > 0.99).any()                       # squares, no salt
 
+@pytest.mark.parametrize("a", [3.0, 1.0, 0.4])
+def test_the_pair_of_pixels(a):
+    """Two parts of the known pixels; what is seen tells nothing of the values of the other."""
+    gen = D.stream(3, D.FIT)
+    y = torch.rand(2, 3, 96, 96, generator=gen)
+    mask = (torch.rand(2, 1, 96, 96, generator=gen) < 0.5).float()
+    task = D.Task("inpaint", mask=mask)
+    z, rest = D.split_pixels(y * mask, task, a, 1, D.stream(4, D.FIT))
+    hidden = rest.mask
+    assert set(hidden.unique().tolist()) == {0.0, 1.0} and (hidden <= mask).all()
+    count = mask.sum().item()
+    share = a ** 2 / (1 + a ** 2)
+    assert hidden.sum().item() / count == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / count))
+    other, _ = D.split_pixels(torch.where(hidden > 0, 7.0, y * mask), task, a, 1, D.stream(4, D.FIT))
+    assert torch.equal(z, other)
+    seen = (mask - hidden).expand_as(y) > 0
+    assert torch.equal(z[seen], y[seen])
+    for k in range(2):              # each of a batch is split for itself: windows of a large photo
+        assert 0.05 < (hidden[k] != hidden[1 - k]).float().mean() < 0.6
+
+def test_hidden_squares_are_as_deep_as_the_holes():
+    known = torch.ones(1, 1, 60, 60)
+    lots = D.draw_lots(known, 5, D.stream(0, D.FIT))
+    squares = lots.view(12, 5, 12, 5)
+    assert torch.equal(squares, squares[:, :1, :, :1].expand_as(squares))
+    assert len(lots.unique()) == 144 and 0 <= lots.min() and lots.max() < 1
+    known[..., :30, :] = 0
+    assert (D.draw_lots(known, 5, D.stream(0, D.FIT))[..., :30, :] == 2).all()     # never drawn
+
 def test_fit_never_redraws_the_observation_noise():
     streams = [torch.randn(1000, generator=D.stream(s, p)) for s in (0, 1) for p in range(5)]
     for a, b in itertools.combinations(streams, 2):
@@ -762,7 +791,7 @@ VARIANTS += [(NOISY, options) for options in (dict(loss="gradient"), dict(fresh=
 
 @pytest.mark.parametrize("task, options", VARIANTS, ids=str)
 def test_every_method_fits(task, options):
-    """It comes nearer, reports the mse of known pixels, and gives back what was given exactly."""
+    """It comes nearer, reports the mse of what is compared, and gives back what was given exactly."""
     x = smooth_image(12)
     y = task.forward(with_noise(x, task.sigma))
     options = dict(lr=0.02, nets=1, stop="fixed", iters=60, rungs=12, width=8, depth=2) | options
@@ -777,9 +806,9 @@ def test_every_method_fits(task, options):
         for stage in stages:
             wrong = (stage.answer.clamp(-1, 1) - y).abs() * task.mask * 127.5
             assert wrong.max() < 0.01                               # in levels of 256
-    known = 3 * task.mask.expand(1, 1, 12, 12).sum().item()
-    error = task.forward(watched[5].output) - watched[5].target
-    assert watched[5].mse == pytest.approx((error ** 2).sum().item() / known, rel=1e-4)
+    compared = watched[5].target != 0                          # holes and what is hidden are not
+    error = (watched[5].output - watched[5].target)[compared]
+    assert watched[5].mse == pytest.approx((error ** 2).mean().item(), rel=1e-4)
 
 def test_adapt_leaves_the_prior_as_it_was():
     prior, x = Shrink(), smooth_image(12)
@@ -815,17 +844,69 @@ def test_the_answer_of_two_networks_is_the_mean_of_their_own(task):
     x = smooth_image(12)
     y = task.forward(with_noise(x, task.sigma))
     stages = list(D.fit_dip(y, task, nets=2, **SMALL))
-    closing, own = stages[-1], []
+    closing, own, blind = stages[-1], [], []
     for watched, tail in each_network(stages):
         best = min(watched, key=lambda stage: stage.scores["holdout"])
         own.append(task.keep_known(tail[-1].average if tail else best.average, y))
-    assert closing.number == 1 and torch.allclose(closing.answer, (own[0] + own[1]) / 2)
+        blind.append(best.average)
+    _, _, judge = D.hold_out(y, task, D.stream(0, D.FIT))
+    mean = (own[0] + own[1]) / 2
+    left_out = task is HOLES and judge((blind[0] + blind[1]) / 2) > judge(blind[0])
+    assert closing.number == 1 and torch.allclose(closing.answer, own[0] if left_out else mean)
     assert not torch.allclose(*own, atol=1e-3)
     assert all(torch.equal(stage.answer, own[0]) for stage in stages[:-1] if stage.number == 1)
     *_, one = D.fit_dip(y, task, nets=1, **SMALL)
     assert torch.equal(one.answer, own[0])
     steps = [stage.step for stage in stages[:-1]]           # of both networks, one after the other
     assert steps == list(range(2, len(steps) * 2 + 1, 2)) and closing.step == steps[-1]
+
+def test_a_network_that_raises_the_risk_is_left_out(monkeypatch):
+    """Of those that see all pixels: no theorem protects them, as it does where there is noise."""
+    begun, original = [], D.Fit.descend
+    def spoiled(self, *args):
+        begun.append(self)
+        for stage in original(self, *args):
+            spoil = 0.5 if self is not begun[0] else 0.0
+            yield replace(stage, average=stage.average + spoil)
+    x = smooth_image(12)
+    for task, left_out in ((HOLES, True), (NOISY, False)):
+        y = task.forward(with_noise(x, task.sigma))
+        *_, first = D.fit_dip(y, task, nets=1, **SMALL)
+        begun.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(D.Fit, "descend", spoiled)
+            *_, last = D.fit_dip(y, task, nets=2, **SMALL)
+        assert torch.equal(last.answer, first.answer) == left_out
+
+def test_after_the_pairs_a_network_sees_all(monkeypatch):
+    """Of two networks for missing pixels the first learns from pairs, the second begins where it
+    ended, sees its own estimate with noise, and is compared with every pixel that it may see."""
+    begun, seen, original = [], [], D.Fit.descend
+    def spy(self, y, task, rungs, average):
+        begun.append((self.o.input, self.o.target, average))
+        for stage in original(self, y, task, rungs, average):
+            seen.append((stage, (stage.target != 0).sum().item(), (y != 0).sum().item()))
+            yield stage
+    monkeypatch.setattr(D.Fit, "descend", spy)
+    y = HOLES.forward(smooth_image(12))
+    stages = list(D.fit_dip(y, HOLES, nets=2, tail=0.0, iters=60, rungs=12, width=8, depth=2))
+    (input1, target1, guess), _, (input2, target2, start), _ = begun
+    assert (input1, target1) == ("observed", "conjugate") and (input2, target2) == ("estimate", "plain")
+    best = min(stages[:12], key=lambda stage: stage.scores["holdout"])
+    assert torch.equal(start, best.average) and not torch.equal(start, guess)
+    assert all(count < known for _, count, known in seen[:12])
+    assert all(count == known for _, count, known in seen[12:])
+    assert stages[0].level == 0 < stages[12].level          # noise is in the second's input only
+
+def test_enlarged_pictures_are_the_mean_with_the_interpolation():
+    task = D.Task("superres", scale=2)
+    x = smooth_image(24)
+    y = task.forward(x)
+    *stages, last = D.fit_dip(y, task, nets=1, **SMALL)
+    assert torch.allclose(last.answer, (stages[-1].answer + task.keep_known(task.interpolate(y), y)) / 2)
+    assert torch.allclose(task.forward(last.answer), y, atol=1e-5)
+    *stages, last = D.fit_dip(y, task, nets=1, method="selfdiff", **SMALL)       # theirs as it is
+    assert torch.equal(last.answer, stages[-1].answer)
 
 @pytest.mark.parametrize("task", [NOISY, HOLES], ids=["noise", "holes"])
 def test_the_risk_is_of_what_never_saw_the_held_out_part(task):
@@ -843,7 +924,10 @@ def test_the_risk_is_of_what_never_saw_the_held_out_part(task):
             assert stage.stop_step == best.step
             assert stage.risk == pytest.approx(judge(blind[0]), rel=1e-5)
     assert len(blind) == 2 and stages[-1].stop_step == best.step
-    assert stages[-1].risk == pytest.approx(judge(sum(blind) / len(blind)), rel=1e-5)
+    risk = judge((blind[0] + blind[1]) / 2)
+    if task is HOLES:                   # the second network is left out where it raises R
+        risk = min(risk, judge(blind[0]))
+    assert stages[-1].risk == pytest.approx(risk, rel=1e-5)
 
 @pytest.mark.parametrize("task, tail", [(NOISY, 0.0), (NOISY, 0.25), (HOLES, 0.25)])
 def test_the_tail_sees_what_was_held_out(task, tail, monkeypatch):
@@ -994,7 +1078,8 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
 CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
-    D.fit_dip, D.hold_out, D.held_out_risk, D.complete, D.ladder, D.Fit.__init__, D.Fit.descend,
+    D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
+    D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.search,
     D.Fit.learn, D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
 def test_fit_and_stop_have_no_clean_image_parameter(function):
@@ -1967,7 +2052,7 @@ sample --no-guide -> --no-guide
 sample --observed -> --image
 sample --mask half.png -> --image
 evaluate --features list.pt -> --features
-fit-dip P --task inpaint:0.8 --input fixed --high 5 -> --high
+fit-dip P --task superres:4 --input fixed --high 5 -> --high
 fit-dip P --observed --task denoise:25 --told 20 -> --told
 train --width 7 -> --width
 evaluate --held photos -> --features
