@@ -863,7 +863,7 @@ class Fit:
         o, scale = self.o, task.scale
         unit = task.sigma or FREE_UNIT
         mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
-        # The pair may be turned (Theorem 3 of report.md); other targets are not.
+        # A pair may be turned (Theorem 3 of report.md); for superres there is none.
         turning = o.turns and o.target == "conjugate" and scale == 1
         splitting = splits(o, task)
         side = hole_side(mask)
@@ -932,8 +932,8 @@ class Fit:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
     def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[Stage]:
-        """A descent that a stop rule watches. It leaves behind self.best, the best stage, and the
-        weights of that stage in the network."""
+        """A descent that a stop rule watches. At its end the network has the weights of the best
+        stage, self.best."""
         o = self.o
         variance, scores = MovingVariance(), []
         for stage in self.descend(y, task, rungs, start):
@@ -2041,7 +2041,7 @@ def refuse_idle_flags(args):
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
         (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
-        (name != "denoise", ["told", "turns", "hold", "noise"], "without noise"),
+        (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),

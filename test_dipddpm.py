@@ -898,6 +898,17 @@ def test_after_the_pairs_a_network_sees_all(monkeypatch):
     assert all(count == known for _, count, known in seen[12:])
     assert stages[0].level == 0 < stages[12].level          # noise is in the second's input only
 
+def test_only_pairs_are_turned(monkeypatch):
+    """Theorem 3 allows it: for noise and for missing pixels, but for enlarging there is no pair."""
+    turns, original = set(), D.turned
+    monkeypatch.setattr(D, "turned", lambda x, g: turns.add(g) or original(x, g))
+    cases = [(NOISY, 1, True), (NOISY, 0, False), (HOLES, 1, True), (HOLES, 0, False),
+             (D.Task("superres", scale=2), 1, False)]
+    for task, allowed, expected in cases:
+        turns.clear()
+        list(D.fit_dip(task.forward(smooth_image(12)), task, nets=1, turns=allowed, **SMALL))
+        assert (len(turns) > 1) == expected
+
 def test_enlarged_pictures_are_the_mean_with_the_interpolation():
     task = D.Task("superres", scale=2)
     x = smooth_image(24)
@@ -2073,7 +2084,8 @@ def test_errors(bad, priors, line, flag, capsys, monkeypatch):
 
 @pytest.mark.parametrize("line", [
     "--method dip --target noisy --high 2", "--method dip --input observed --low 0.3", "--told 0",
-    "--method guide --input estimate --high 2", "--task inpaint:0.5 --tail 0.25", "--stop fixed --turns 0"])
+    "--method guide --input estimate --high 2", "--task inpaint:0.5 --tail 0.25", "--stop fixed --turns 0",
+    "--task inpaint:0.5 --turns 0"])
 def test_flags_that_have_an_effect_are_taken(line):
     assert D.parse(["fit-dip", *line.split()]).command == "fit-dip"
 
