@@ -175,13 +175,14 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The DDPM's network eps_theta(x_t, t, y) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels.
 
-    forward(x, t): x_t, N x channels x H x W of any size, or x_t and the channels of Task.clue, as
-    in a conditional DDPM (Saharia et al. 2022); int64 t of length N; to the shape of x_t.
+    forward(x, t): x_t, N x channels x H x W of any size, and after it, if something is known of the
+    image, the channels of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
     """
-    def __init__(self, channels=3, width=48, mults=(1, 2, 3)):
+    def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
         super().__init__()
         self.channels = channels
         self.width = width
+        self.schedule = NoiseSchedule(1000, schedule)
         widths = [mult * width for mult in mults]
         top = widths[-1]
         emb = 4 * width
@@ -198,9 +199,23 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise eps in x = x_t, as the network sees it."""
+        """eps, by way of x_0: the network adds to what a line would say (Karras et al. 2022, eq. 7).
+
+        Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
+        an error of level sigma_t, and the guess, of level s. Their mean by precision comes first.
+        """
+        x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1 - x.shape[1]))     # no clue: zeros
+        xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
+        sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
+        spread2 = guess_spread(share) ** 2
+        z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
+        x0 = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
+        x0 = x0 + (spread2 * sigma2 / (spread2 + sigma2)).sqrt() * self.correction(x, t)
+        return (z - x0) / sigma2.sqrt()
+
+    def correction(self, x: Tensor, t: Tensor) -> Tensor:
+        """The hourglass itself: what that line gets wrong, in units of its expected error."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1 - x.shape[1]))     # no clue is zeros
         emb = self.time(timestep_embedding(t, self.width))
         x = pad_to(x, 2 ** len(self.enc))
         x = self.stem(F.pixel_unshuffle(x, 2))                                # H/2 x W/2
@@ -215,17 +230,25 @@ class UNet(nn.Module):
             x = F.interpolate(x, scale_factor=2.0) if skips else x            # doubled
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
+def guess_spread(share: Tensor) -> Tensor:
+    """s, the level of the error of the guess in a clue, N x 1 x 1 x 1: an interpolation's, or, where
+    nothing is known, that of 0. share: N x 1 x H x W, what y knows of each pixel."""
+    known = share.amax(dim=(1, 2, 3), keepdim=True) > 0
+    return torch.where(known, 0.15, 0.5)
+
 @torch.no_grad()
-def tiled(network, x: Tensor, *more, channels=3, side: int = 512, margin: int = 96) -> Tensor:
+def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
     """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
-    out = torch.empty_like(x[:, :channels])
+    rows = []
     for top in range(0, x.shape[2], side):
+        row = []
         for left in range(0, x.shape[3], side):
             above, before = min(top, margin), min(left, margin)
             tile = x[..., top - above:top + side + margin, left - before:left + side + margin]
-            tile = network(tile, *more)[..., above:above + side, before:before + side]
-            out[..., top:top + side, left:left + side] = tile
-    return out
+            tile = network(tile, *more)
+            row.append(tile[..., above:above + side, before:before + side])
+        rows.append(torch.cat(row, dim=3))
+    return torch.cat(rows, dim=2)
 
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # The clean image x is seen through A, which hides pixels or averages them, and through noise. The
@@ -267,10 +290,10 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
-    def clue(self, y: Tensor) -> Tensor:
-        """What a conditional DDPM is told of y: the first guess of x, and the share of each pixel
-        that y knows, the diagonal of A^+ A. N x (C + 1) x H x W."""
-        guess = self.interpolate(y)
+    def clue(self, y: Tensor, channels: int) -> Tensor:
+        """What a DDPM is told of y: the first guess of x, and the share of each pixel that y knows,
+        which is the diagonal of A^+ A. N x (channels + 1) x H x W."""
+        guess = self.interpolate(y).expand(-1, channels, -1, -1)
         share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
@@ -484,21 +507,22 @@ def hole_side(mask: Tensor) -> int:
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
 
-    r2[t] = sigma_t^2 L_t is the mean squared error of its x_0, as x0_pred - x0 = -sigma_t (eps_pred
-    - eps); L_t is the training loss at t, smoothed over 31 t.
+    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, as x0_pred - x0 = -sigma_t (
+    eps_pred - eps); L_t is the training loss at t, smoothed over 31 t, without (k = 0) and with a
+    clue (k = 1).
     """
     def __init__(self, state: dict):
         super().__init__()
         config = state["config"]
-        self.model = UNet(config["channels"], config["width"])
+        self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
         self.t_max = config["t_max"]
-        self.schedule = NoiseSchedule(1000, config["schedule"])
-        loss = state["eps_loss"][None, 1:self.t_max + 1]
+        self.schedule = self.model.schedule
+        loss = state["eps_loss"][:, 1:self.t_max + 1]
         loss = F.avg_pool1d(loss, 31, stride=1, padding=15, count_include_pad=False)
         # Times that were not trained count as unknown: an eps of no information has loss 1.
-        loss = F.pad(loss[0], (1, 1000 - self.t_max), value=1.0)
+        loss = F.pad(loss, (1, 1000 - self.t_max), value=1.0)
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
@@ -586,22 +610,28 @@ def random_patches(images: list, count: int, side: int, gen: torch.Generator) ->
         patches.append(images[i][:, rows, columns])
     return torch.stack(patches)
 
+def random_holes(count: int, side: int, hole: int, gen: torch.Generator) -> Task:
+    """Any share of the pixels is missing, another for each image, in squares of a given side."""
+    lots = draw_lots(torch.ones(count, 1, side, side), hole, gen)
+    missing = torch.rand((count, 1, 1, 1), generator=gen)
+    return Task("holes", mask=(lots > missing).float())
+
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of N x C x H x W would tell: N x (C + 1) x H x W. Of a quarter of the images
-    nothing, of a quarter the means of blocks, of half of them the pixels around holes."""
-    nothing, coarse, first, second = x0.chunk(4)
-    side = x0.shape[-1]
-    scales = [s for s in (2, 3, 4, 6, 8) if side % s == 0]
-    tasks = []
-    clues = []
+    """What observations of some images, N x C x H x W, would tell of them: N x (C + 1) x H x W. A
+    quarter tells nothing, a quarter the means of blocks, the rest what is around small or large
+    holes."""
+    count, channels, _, side = x0.shape
+    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
     scale = scales[int(torch.randint(len(scales), (), generator=gen))]
-    tasks = [(nothing, Task("", mask=torch.zeros(1, 1, side, side))), (coarse, Task("", scale=scale))]
-    for part, deep in ((first, False), (second, True)):
-        hole = 1 + deep * int(torch.randint(side // 3, (), generator=gen))
-        shares = torch.rand((len(part), 1, 1, 1), generator=gen)
-        lots = draw_lots(torch.ones(len(part), 1, side, side), hole, gen)
-        tasks.append((part, Task("", mask=(lots > shares).float())))
-    return torch.cat([task.clue(task.forward(part)) for part, task in tasks])
+    hole = int(torch.randint(1, side // 2, (), generator=gen))
+    quarter = math.ceil(count / 4)
+    tasks = [Task("nothing", mask=torch.zeros(1, 1, side, side)), Task("blocks", scale=scale),
+             random_holes(quarter, side, 1, gen), random_holes(quarter, side, hole, gen)]
+    clues = []
+    for task, images in zip(tasks, x0.split(quarter)):
+        task.mask = task.mask[:len(images)]
+        clues.append(task.clue(task.forward(images), channels))
+    return torch.cat(clues)
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, rate: float):
@@ -627,21 +657,27 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         gen.set_state(state["rng"])
     while state["step"] < steps:
         state["step"] += 1
-        x0 = random_patches(images, batch, config["patch"], gen).to(device) / 127.5 - 1
+        x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
         t = torch.randint(1, config["t_max"] + 1, (batch,), generator=gen)
-        eps = torch.randn(x0.shape, generator=gen).to(device)
-        clues = random_clues(x0.cpu(), gen).to(device)
-        x0, t, eps = x0[rank::world], t[rank::world], eps[rank::world]
-        xt = torch.cat([q_sample(schedule, x0, t, eps), clues[rank::world]], dim=1)
-        losses = ((model(xt, t.to(device)) - eps) ** 2).mean(dim=(1, 2, 3))   # Ho et al. eq. 14
+        eps = torch.randn(x0.shape, generator=gen)
+        clues = random_clues(x0, gen)
+        mine = slice(rank, None, world)
+        t, eps, clues = t[mine], eps[mine].to(device), clues[mine].to(device)
+        xt = q_sample(schedule, x0[mine].to(device), t, eps)
+        predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
+        losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
+        # The network's correction counts the same at every t (Karras et al. 2022, eq. 8).
+        spread = guess_spread(clues[:, -1:]).flatten().cpu()
+        weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad(set_to_none=False)
         # Processes average their gradients: this weight makes unequal shares count by patches.
-        (losses.sum() * world / batch).backward()
+        ((weights * losses).sum() * world / batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        losses = losses.detach().cpu()
-        state["eps_loss"][t] = state["eps_loss"][t].lerp(losses, 0.2)
+        losses = losses.detach()
+        told = (spread < 0.5).long()
+        state["eps_loss"][told, t] = state["eps_loss"][told, t].lerp(losses, 0.2)
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
         yield losses.mean().item()
@@ -1097,17 +1133,26 @@ def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat, risk: float, y, task: Tas
         watch(x0)
     return x0
 
+def eps_with_clue(model, clue: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """eps_theta(x_t, t, y): the clue goes in beside x_t."""
+    return tiled(model, torch.cat([xt, clue], dim=1), t)
+
 def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps=20, eta=1.0, y=None,
-            xhat=None, risk=0.0, watch=None) -> Tensor:
-    """The reverse process from x_t0 on, joined at each step with y and with the DIP's xhat.
+            clue=None, xhat=None, risk=0.0, watch=None) -> Tensor:
+    """The reverse process from x_t0 on, told the clue, and joined at each step with y and xhat.
 
     A grey image goes through a colour prior as three equal channels. Sample i depends on gens[i]
-    alone. watch(x0), if given, sees every step.
+    alone. clue: of Task.clue, or None: the network is told nothing. watch(x0), if given, sees every
+    step.
     """
-    join = partial(refine_x0, r2=prior.r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
     start = xt.expand(-1, prior.channels, -1, -1)
-    x0 = ddim_sample(partial(tiled, prior.model), prior.schedule, start, t0, steps, gens, eta, join)
-    return like_channels(x0, xt)
+    r2 = prior.r2[1]
+    if clue is None:
+        clue = start[:, :0]
+        r2 = prior.r2[0]
+    model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
+    join = partial(refine_x0, r2=r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
+    return like_channels(ddim_sample(model, prior.schedule, start, t0, steps, gens, eta, join), xt)
 
 # ---- 7. Metrics ---------------------------------------------------------------------------------
 
@@ -1664,6 +1709,8 @@ def cmd_sample(args):
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
+    if task.sigma == 0 and not args.no_clue:
+        join["clue"] = task.clue(y, prior.channels)
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
@@ -1802,7 +1849,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
-                eps_loss=torch.ones(1001))
+                eps_loss=torch.ones(2, 1001))
 
 def cmd_train(args):
     """train: Algorithm 1 on a folder of photos, or on an array; with checkpoints."""
@@ -1821,7 +1868,7 @@ def cmd_train(args):
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = checkpoint(args, path, len(images[0]))
     rows, t_max = state["log"], state["config"]["t_max"]
-    net = UNet(len(images[0]), args.width).to(args.device, memory_format=torch.channels_last)
+    net = UNet(len(images[0]), args.width, schedule=args.schedule).to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net)
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
@@ -1844,7 +1891,7 @@ def cmd_train(args):
             save(path, state)
     if rank > 0:
         return
-    loss = state["eps_loss"][1:t_max + 1].tolist()
+    loss = state["eps_loss"][:, 1:t_max + 1].tolist()
     metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
     save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
     save(os.path.join(args.out, "log.csv"), rows)
@@ -1854,9 +1901,10 @@ def training_curves(rows: list, loss: list) -> Image.Image:
     """The loss against time, and below it by t = 1, 2, ..."""
     label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
-    by_t = ("running mean", list(range(1, len(loss) + 1)), loss)
+    ts = list(range(1, len(loss[0]) + 1))
+    by_t = [("nothing told", ts, loss[0]), ("told what an observation knows", ts, loss[1])]
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
-              plot([by_t], "Loss by t", "t", label, ylog=True)]
+              plot(by_t, "Loss by t, running mean", "t", label, ylog=True)]
     return Image.fromarray(np.vstack(charts))
 
 # ---- 10. Evaluation: tables in which every row is a command line --------------------------------
@@ -2056,6 +2104,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), default=1.0, help="0 DDIM .. 1 ancestral (1)")
     add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
+    add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
