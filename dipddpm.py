@@ -2148,6 +2148,7 @@ def refuse_idle_flags(args):
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
         (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
+        (name == "denoise", ["no_clue"], "with noise, where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),

@@ -244,6 +244,35 @@ def test_unet_treats_every_place_alike_and_sees_t():
     assert torch.equal(a[..., :30], b[..., :30]) and (a - b).abs().max() > 0.01
     assert (net(x, t) - net(x, t + 100)).abs().max() > 1e-4
 
+def silent_unet(channels=3):
+    """A network whose correction is 0: what it says is the line that it corrects."""
+    net = D.UNet(channels, width=8).eval()
+    nn.init.zeros_(net.out.bias)
+    return net
+
+@pytest.mark.parametrize("t", [1, 60, 172, 1000])
+def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t):
+    """x ~ N(guess, s^2) and x_t / sqrt(abar) = x + sigma_t eps: E[x | x_t] by Bayes' rule, from the
+    joint covariance; s is that of an interpolation (0.15), or of pixels (0.5) where nothing is told."""
+    schedule = D.NoiseSchedule()
+    sigma, abar = schedule.sigma[t].item(), schedule.abar[t].item()
+    xt, guess = 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(1, 3, 6, 6)
+    for s, mean, x in ((0.5, 0 * guess, xt), (0.15, guess, torch.cat([xt, guess, torch.ones(1, 1, 6, 6)], 1))):
+        var = abar * s ** 2 + 1 - abar                                  # of x_t
+        want = mean + math.sqrt(abar) * s ** 2 / var * (xt - math.sqrt(abar) * mean)
+        at = torch.tensor([t])
+        got = D.predict_x0(schedule, xt, at, silent_unet()(x, at))
+        assert torch.allclose(got, want, atol=1e-3 if t == 1000 else 1e-5), (t, s)
+        assert sigma > 0 and (got - xt / math.sqrt(abar)).abs().max() > 1e-6
+
+def test_the_clue_is_heard_and_its_absence_is_zeros():
+    torch.manual_seed(0)
+    net, t = shaken(D.UNet(width=8)), torch.tensor([100, 7])
+    xt, clue = torch.randn(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
+    assert torch.equal(net(xt, t), net(torch.cat([xt, 0 * clue], 1), t))
+    assert net(torch.cat([xt, clue], 1), t).shape == xt.shape
+    assert (net(torch.cat([xt, clue], 1), t) - net(xt, t)).abs().max() > 0.01
+
 @pytest.mark.parametrize("size", [(200, 330), (65, 300), (64, 64)])
 def test_tiles_have_no_seams(size):
     """In tiles or at once, the same picture: each tile sees all that its pixels depend on."""
@@ -280,8 +309,41 @@ def test_operators(task):
     assert torch.equal(task.keep_known(x, y), x if task.sigma else task.project(x, y))
     guess = task.interpolate(y.float())
     assert task.forward(guess).shape == y.shape and torch.isfinite(guess).all()
-    if task.scale == 1:
-        assert torch.allclose(task.forward(guess), y.float())
+    if task.name in ("inpaint", "sr"):                                        # consistent with y
+        assert torch.allclose(task.forward(guess), y.float(), atol=1e-6)
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda t: t.name)
+def test_a_clue_is_the_guess_and_what_y_knows_of_each_pixel(task):
+    """The share is the diagonal of A^+ A: pixel after pixel by the operators themselves."""
+    y = task.forward(torch.rand(1, 1, 12, 12))
+    clue = task.clue(y, 3)
+    assert torch.equal(clue[:, :3], task.interpolate(y).expand(-1, 3, -1, -1))
+    basis = torch.eye(144).view(144, 1, 12, 12)
+    diagonal = task.pinv(task.forward(basis)).view(144, 144).diagonal()
+    assert torch.allclose(clue[0, 3].flatten(), diagonal)
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_holes(batch):
+    x0, gen = torch.rand(batch, 3, 24, 24), D.stream(0, D.TRAIN)
+    kinds, missing = set(), []
+    for _ in range(40):
+        clues = D.random_clues(x0, gen)
+        assert clues.shape == (batch, 4, 24, 24)
+        for x, clue in zip(x0, clues):
+            guess, share = clue[:3], clue[3]
+            levels = set(share.unique().tolist())
+            if levels == {0.0}:
+                kinds.add("nothing")
+                assert (guess == 0).all()
+            elif levels <= {0.0, 1.0}:
+                kinds.add("holes")
+                missing.append(1 - share.mean().item())
+                assert torch.equal(guess[:, share > 0], x[:, share > 0])
+            else:
+                scale = round(levels.pop() ** -0.5)
+                kinds.add("blocks")
+                assert torch.allclose(F.avg_pool2d(guess, scale), F.avg_pool2d(x, scale), atol=1e-5)
+    assert len(kinds) == min(3, batch) and (batch < 5 or (min(missing) < 0.1 and max(missing) > 0.9))
 
 def test_estimate_sigma():
     gen = torch.Generator().manual_seed(0)
@@ -496,7 +558,7 @@ def make_prior(model, t_max=1000, eps_loss=0.02):
     """A Prior around any model(x_t, t), its eps-loss the same at every t."""
     config = dict(channels=3, width=8, schedule="linear", t_max=t_max)
     prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(),
-                         eps_loss=torch.full((1001,), eps_loss)))
+                         eps_loss=torch.full((2, 1001), eps_loss)))
     del prior.model                                         # also a plain function may take its place
     prior.model, prior.channels = model, 1
     return prior
@@ -507,16 +569,40 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     class Spy(nn.Conv2d):
         def forward(self, x, t):
             seen.extend(t.tolist())
+            told.extend(x[:, -1].amax(dim=(1, 2)).tolist())
             return super().forward(x)
 
+    told = []
     config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(1001))
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(2, 1001))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
-    net = Spy(3, 3, 1).to(memory_format=torch.channels_last)
-    losses = list(D.train_ddpm(state, net, Spy(3, 3, 1), images, 40))
+    net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
+    losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
     assert len(losses) == state["step"] == 40 and losses[-1] < losses[0]
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
-    assert (state["eps_loss"][1:8] != 1).all() and (state["eps_loss"][8:] == 1).all()
+    assert (state["eps_loss"][:, 1:8] != 1).all() and (state["eps_loss"][:, 8:] == 1).all()
+    assert 0.25 <= np.mean(np.array(told) == 0) < 0.4          # a quarter of the images, or all is missing
+
+def test_the_loss_is_kept_apart_for_images_of_which_something_is_told():
+    """A model that is right where it is told something and says nothing elsewhere."""
+    class Half(nn.Conv2d):
+        def forward(self, x, t):
+            return eps * (x[:, -1:].amax(dim=(1, 2, 3), keepdim=True) > 0) + 0 * super().forward(x)
+
+    eps, draws = None, torch.randn
+
+    def spy(*shape, **flags):
+        nonlocal eps
+        eps = draws(*shape, **flags)
+        return eps
+
+    config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=3, schedule="linear")
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(2, 1001))
+    net = Half(7, 3, 1).to(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", spy)
+        list(D.train_ddpm(state, net, Half(7, 3, 1), [torch.zeros(3, 9, 9, dtype=torch.uint8)], 60))
+    assert (state["eps_loss"][0, 1:4] - 1).abs().max() < 0.3 and state["eps_loss"][1, 1:4].max() < 1e-4
 
 def test_error_variance_is_the_error_of_x0():
     """A model that is off by e in eps is off by sigma_t e in x0, hence r_t^2 = sigma_t^2 e^2."""
@@ -524,7 +610,7 @@ def test_error_variance_is_the_error_of_x0():
     x0, eps = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     xt = D.q_sample(schedule, x0, torch.tensor([t]), eps)
     off = D.predict_x0(schedule, xt, torch.tensor([t]), eps + e) - x0
-    assert make_prior(None, 100, e ** 2).r2[t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
+    assert make_prior(None, 100, e ** 2).r2[0, t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
 
 def test_a_prior_denoises_gaussian_data_like_wiener():
     """E[x | z] = (m sigma^2 + s^2 z) / (s^2 + sigma^2) at the noise levels of the schedule."""
@@ -694,7 +780,7 @@ def test_two_processes_train_like_one(tmp_path, data):
     assert run(*flags, tmp_path / "one") == 0
     assert run(*flags, tmp_path / "other", "--seed", 1) == 0
     states = [load(tmp_path / name / "none.pt") for name in ("one", "two", "other")]
-    for name, part in (("momentum_buffer", 0), ("exp_avg", 1)):     # averages of three gradients
+    for name, part in (("momentum", 0), ("exp_avg", 1)):     # averages of three gradients
         one, two, other = (torch.cat([v[name].flatten() for v in s["optimisers"][part]["state"].values()])
                            for s in states)
         assert (one - two).norm() < 1e-4 * one.norm() and one.norm() > 0
@@ -1161,6 +1247,17 @@ def test_guidance_is_the_product_of_two_gaussians():
     got = D.refine_x0(one, 5, xhat=None, y=one * 0, task=D.Task("d", sigma=0.2), **join)
     assert got.mean().item() == pytest.approx(0.8 * 0.5)            # noisy y: equal precisions
 
+@pytest.mark.parametrize("scale, mask", [(4, torch.tensor(1.0)), (1, (torch.rand(1, 1, 16, 16) < 0.3).float())])
+def test_noise_init_begins_at_the_interpolation_where_it_is_told_of_it(scale, mask):
+    """A network that adds nothing answers with the guess, after one call from pure noise; and with
+    the mean of pixels, 0, if it is not told."""
+    prior, gens = make_prior(silent_unet(1)), [D.stream(k, D.SAMPLE) for k in range(2)]
+    task, x = D.Task("t", scale=scale, mask=mask), smooth_image(16, 1)
+    y, xt = task.forward(x), D.noise_like(torch.empty(2, 1, 16, 16), gens)
+    told = D.reverse(prior, task, xt, 1000, gens, steps=1, clue=task.clue(y, 1))
+    assert (told - task.interpolate(y)).abs().max() < 0.01
+    assert D.reverse(prior, task, xt, 1000, gens, steps=1).abs().max() < 0.02
+
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
     prior, start = make_prior(shaken(D.UNet(1, width=8))), smooth_image(16, 1)
@@ -1170,7 +1267,7 @@ def test_sample_i_does_not_depend_on_the_batch_size():
     def sample(seeds):
         gens = [D.stream(seed, D.SAMPLE) for seed in seeds]
         xt = D.noised(prior.schedule, start, 200, gens)
-        return D.reverse(prior, task, xt, 200, gens, steps=4, y=y, xhat=start, risk=0.01)
+        return D.reverse(prior, task, xt, 200, gens, steps=4, y=y, clue=task.clue(y, 1), xhat=start, risk=0.01)
 
     many = sample([5, 6, 7])
     for i in range(3):
@@ -1562,7 +1659,7 @@ def test_a_clean_photo_is_degraded_as_the_task_says(photo):
     assert task.noise.level in (0, D.find_noise(x).level) and task.sigma == task.noise.level
 
 @pytest.mark.parametrize("extra", [
-    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --observed",
+    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --no-clue", "--init dip --observed",
     "--init observed --task inpaint:0.8 --start 30", "--init noise --eta 1"])
 def test_sample(tmp_path, photo, priors, extra):
     ckpt = priors / ("none.pt" if "init noise" in extra else "dip.pt")
@@ -2054,6 +2151,7 @@ fit-dip P --stop wmv --hold 0.3 -> --hold
 fit-dip P --stop fixed --tail 0.3 -> --tail
 sample --init observed P --iters 5 -> --iters
 sample --init observed P --no-guide -> --no-guide
+sample --init observed P --task denoise:25 --no-clue -> --no-clue
 sample --init noise P --start 5 -> --start
 sample --init noise P --method dip -> --method
 sample --iters 5 -> --iters
