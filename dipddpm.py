@@ -199,18 +199,20 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps, by way of x_0: the network adds to what a line would say (Karras et al. 2022, eq. 7).
+        """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
 
         Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
-        an error of level sigma_t, and the guess, of level s. Their mean by precision comes first.
+        an error of level sigma_t, and the guess, with one of level s. The line is their mean by
+        precision; what the network adds is in units of the error that this mean would have.
         """
         x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1 - x.shape[1]))     # no clue: zeros
         xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
         sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
-        spread2 = guess_spread(share) ** 2
+        spread2 = guess_spread(share) ** 2 * (1 - share)        # a known pixel has no error
         z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
-        x0 = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
-        x0 = x0 + (spread2 * sigma2 / (spread2 + sigma2)).sqrt() * self.correction(x, t)
+        line = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
+        error = (spread2 * sigma2 / (spread2 + sigma2)).sqrt()
+        x0 = line + error * self.correction(torch.cat([line, guess, share], dim=1), t)
         return (z - x0) / sigma2.sqrt()
 
     def correction(self, x: Tensor, t: Tensor) -> Tensor:
