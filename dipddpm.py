@@ -641,7 +641,9 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
         averaged.copy_(averaged + rate * (newest - averaged))
 
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
-    """Ho et al. Algorithm 1 with t uniform on 1..t_max; yields the loss at every step.
+    """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
+
+    t is the larger of two draws from 1..t_max: more noise, where the clue counts, comes more often.
 
     images: uint8 C x H x W. state holds all that a step changes, so that a run goes on bit for bit.
     Of `world` processes, this one takes patches rank, rank + world, and so on, of each batch.
@@ -659,7 +661,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
     while state["step"] < steps:
         state["step"] += 1
         x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
-        t = torch.randint(1, config["t_max"] + 1, (batch,), generator=gen)
+        t = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen).amax(dim=0)
         eps = torch.randn(x0.shape, generator=gen)
         clues = random_clues(x0, gen)
         mine = slice(rank, None, world)
@@ -1441,6 +1443,7 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
+DIP_START = 0.6                 # the noise up to which a prior for DIP starts is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1695,6 +1698,24 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     mean = like_channels(x0.mean(dim=0, keepdim=True), x0 if x is None else x)
     rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=quality(mean, x)[0]))
 
+def first_call(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
+    """(t0, network calls) of a sampling, where the command line does not say them.
+
+    The start rule hides the error of the start, and twenty calls follow. A network that is told y
+    may start with more noise: of the start it needs less, and one call answers with the mean of
+    all that could be.
+    """
+    t0 = prior.schedule.start_t(risk)
+    steps = 20
+    if told:
+        t0 = prior.schedule.start_t(DIP_START ** 2)
+        steps = 1
+    t0 = min(t0, prior.t_max)
+    if args.init == "noise":
+        t0 = prior.schedule.T
+        steps = 20
+    return args.start or t0, args.steps or steps
+
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
     x, y, task = observe(args)
@@ -1710,7 +1731,8 @@ def cmd_sample(args):
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
-    if task.sigma == 0 and not args.no_clue:
+    told = task.sigma == 0 and not args.no_clue
+    if told:
         join["clue"] = task.clue(y, prior.channels)
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
@@ -1722,16 +1744,15 @@ def cmd_sample(args):
             risk = stage.risk
         if not args.no_guide:
             join.update(xhat=start, risk=risk)
-    t0 = args.start or min(prior.schedule.start_t(risk), prior.t_max)
+    t0, steps = first_call(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
-        t0 = prior.schedule.T
         xt = noise_like(xt, gens)
-    bar = Progress(min(args.steps, t0), "DDPM")
+    bar = Progress(min(steps, t0), "DDPM")
     rows = []
     join["watch"] = partial(watch_call, bar, rows, x)
     try:
-        samples = reverse(prior, task, xt, t0, gens, steps=args.steps, eta=args.eta, **join)
+        samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=args.eta, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -1837,8 +1858,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
     config = {name: getattr(args, name) for name in CONFIG} | dict(channels=channels)
     if args.t_max is None:
         config["t_max"] = 1000
-        if args.prior == "dip":                 # the first rung without noise: a = 3, unit 0.2
-            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(0.6 ** 2)
+        if args.prior == "dip":
+            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -1915,8 +1936,8 @@ CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
 JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
-         "sample --init observed", "sample --steps 100", "fit-dip --nets 1",
-         "fit-dip --method adapt")
+         "sample --init dip --no-clue", "sample --init observed", "sample --init observed --no-clue",
+         "sample", "sample --no-clue --steps 100", "fit-dip --nets 1", "fit-dip --method adapt")
 CHANGES = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--fresh 0",
            "--turns 0", "--input fixed", "--target plain", "--width 64", "--depth 2",
            "--loss gradient", "--hold 0.1", "--tail 0", "--told 20")
@@ -2101,7 +2122,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
     add("--start", type=start_time, help="t0, 1..1000, or auto: the start rule (auto)")
-    add("--steps", type=partial(whole, 1000), default=20, help="network calls, at most (20)")
+    add("--steps", type=partial(whole, 1000), help="network calls, at most (20; 1 if told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), default=1.0, help="0 DDIM .. 1 ancestral (1)")
     add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
