@@ -255,12 +255,13 @@ def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t
     """x ~ N(guess, s^2) and x_t / sqrt(abar) = x + sigma_t eps: E[x | x_t] by Bayes' rule, from the
     joint covariance; s is that of an interpolation (0.15), less where y knows a share of the pixel,
     or of pixels (0.5) where nothing is told."""
+    torch.manual_seed(t)
     schedule = D.NoiseSchedule()
     sigma, abar = schedule.sigma[t].item(), schedule.abar[t].item()
     xt, guess = 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(1, 3, 6, 6)
     share = torch.rand(1, 1, 6, 6)
     share[..., 0] = 1.0                                                 # known pixels
-    tolerance = {1: 1e-4, 1000: 1e-3}.get(t, 1e-5)                      # float32 of z and eps
+    tolerance = {1: 5e-4, 1000: 1e-3}.get(t, 1e-5)                      # float32 of z and eps
     for s, mean, x in ((0.5, 0 * guess, xt), (0.15 * (1 - share).sqrt(), guess, torch.cat([xt, guess, share], 1))):
         var = abar * s ** 2 + 1 - abar                                  # of x_t
         want = mean + math.sqrt(abar) * s ** 2 / var * (xt - math.sqrt(abar) * mean)
@@ -583,7 +584,7 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
     net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
     losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
-    assert len(losses) == state["step"] == 40 and losses[-1] < losses[0]
+    assert len(losses) == state["step"] == 40 and np.mean(losses[-10:]) < np.mean(losses[:10])
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
     assert (state["eps_loss"][:, 1:8] != 1).all() and (state["eps_loss"][:, 8:] == 1).all()
     assert 0.25 <= np.mean(np.array(told) == 0) < 0.4          # a quarter of the images, or all is missing
@@ -1789,16 +1790,21 @@ def test_sample_drowns_noise_that_is_not_white(tmp_path, priors, monkeypatch):
 # ---- 9. the commands
 
 def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, priors):
+    """Untold, the start rule and 20 calls; told, the level 0.6 and one call; flags go first."""
     prior = D.Prior(load(priors / "dip.pt"))
-    flags = ["sample", "--image", photo, "--steps", 1, "--samples", 1, "--ckpt", priors / "dip.pt",
-             "--out", tmp_path]
-    for extra in (["--start", 9], ["--start", "auto"], ["--init", "dip", *TINY]):
-        words = extra if "--init" in extra else ["--init", "observed", *extra]
-        assert run(*flags, *words) == 0
+    flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
+                                         ([], ["--start", 9], ["--start", "auto", "--no-clue", "--steps", 2],
+                                          ["--steps", 3])):
+        assert run(*flags, *init, *extra) == 0
         metrics = read_json(tmp_path / "metrics.json")
-        error = metrics["risk"] if "--init" in extra else (25 / 127.5) ** 2
-        rule = min(prior.schedule.start_t(error), prior.t_max)
+        told, given_steps = "--no-clue" not in extra, "--steps" in extra
+        error = metrics["risk"] if "dip" in init else (25 / 127.5) ** 2
+        rule = min(prior.schedule.start_t(0.36 if told else error), prior.t_max)
         assert metrics["t0"] == (9 if 9 in extra else rule)
+        assert metrics["nfe"] == (extra[-1] if given_steps else 1)
+    assert run(*flags, "--init", "observed", "--no-clue") == 0
+    assert read_json(tmp_path / "metrics.json")["nfe"] == 20
 
 @pytest.mark.parametrize("kind, mode", [("none.pt", "RGB"), ("grey/none.pt", "L")])
 def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode, monkeypatch):
@@ -1849,8 +1855,8 @@ def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypa
     D.to_image(smooth_image(channels=1)).save(photo)
     monkeypatch.setattr(D, "predict_x0", interrupt_at(call, D.predict_x0))
     flags = ["--image", photo, "--task", "superres:4", *(TINY if init == "dip" else [])]
-    assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--out",
-               tmp_path / "cut") == 130
+    assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--steps", 4,
+               "--out", tmp_path / "cut") == 130
     metrics = outputs(tmp_path / "cut", SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == call - 1
     if init == "dip":
