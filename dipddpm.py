@@ -173,10 +173,11 @@ class ResBlock(nn.Module):
         return self.short(x) + self.conv2(hidden)
 
 class UNet(nn.Module):
-    """The DDPM's network eps_theta(x_t, t, y) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels.
+    """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
+    where y is known of the image, eps_theta(x_t, t, y) (Saharia et al. 2022).
 
-    forward(x, t): x_t, N x channels x H x W of any size, and after it, if something is known of the
-    image, the channels of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
+    forward(x, t): x_t, N x channels x H x W of any size, and after these channels, if y is known,
+    those of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
     """
     def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
         super().__init__()
@@ -233,8 +234,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 def guess_spread(share: Tensor) -> Tensor:
-    """s, the level of the error of the guess in a clue, N x 1 x 1 x 1: an interpolation's, or, where
-    nothing is known, that of 0. share: N x 1 x H x W, what y knows of each pixel."""
+    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation, or of
+    grey where nothing is known. share: N x 1 x H x W, what y knows of each pixel."""
     known = share.amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(known, 0.15, 0.5)
 
@@ -312,12 +313,13 @@ class Task:
         return ((self.forward(x) - y) ** 2).mean() / self.mask.mean().clamp(min=1e-9)
 
     def interpolate(self, y: Tensor) -> Tensor:
-        """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement, with
-        the means of blocks as they were given, which is worth 0.2 dB."""
+        """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement, in
+        which the means of blocks are set to those that were given (worth 0.2 dB)."""
         filled = fill_holes(y, self.mask)
         if self.scale == 1:
             return filled
-        return self.project(F.interpolate(filled, scale_factor=float(self.scale), mode="bicubic"), y)
+        enlarged = F.interpolate(filled, scale_factor=float(self.scale), mode="bicubic")
+        return self.project(enlarged, y)
 
 def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     """The missing pixels from the mean of the known ones around them, coarse to fine."""
@@ -478,7 +480,7 @@ def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
     return torch.where(known > 0, lots, 2.0)
 
 def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
-    """The pair of an observation with holes: (what is seen, its holes filled; the task of the rest).
+    """The pair of an observation with holes: (what is seen, its holes filled; the rest's task).
 
     A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
     that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
@@ -507,7 +509,9 @@ def hole_side(mask: Tensor) -> int:
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
-# at a time. To run it: `dipddpm.py train`, then `sample --task inpaint:1` for pictures from noise.
+# at a time. Of most images it is told something, too: a part of the pixels, or the means of blocks.
+# So one network draws pictures from nothing, and completes what is known of a picture. To run it:
+# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -570,10 +574,11 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(rate * direction.view(p.shape))
 
 def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
-    """K matrices U S V^T to about U V^T, by Newton-Schulz steps X <- (a + b G + c G^2) X, G = X X^T.
+    """K matrices U S V^T to about U V^T, by Newton-Schulz steps X <- (a + b G + c G^2) X where
+    G = X X^T.
 
-    All factors of X are polynomials of the first G: only the smaller side is multiplied. Three
-    steps in place of five: a fit takes a tenth less time, and is as good.
+    All factors of X are polynomials of the first G, so only small squares are multiplied until the
+    end. Three steps in place of five: a fit takes a tenth less time, and is as good.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalise(matrices.mT, steps).mT
@@ -621,9 +626,9 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of some images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of a
-    quarter nothing, of a quarter the means of blocks, of the rest what is around small or large
-    holes."""
+    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of a
+    quarter of them nothing, of a quarter the means of blocks, of the rest what is around small or
+    large holes."""
     count, channels, _, side = x0.shape
     scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
     scale = scales[int(torch.randint(len(scales), (), generator=gen))]
@@ -672,7 +677,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         # The network's correction counts the same at every t (Karras et al. 2022, eq. 8).
         spread = guess_spread(clues[:, -1:]).flatten().cpu()
         weights = 1 + (schedule.sigma[t] / spread) ** 2
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
         # Processes average their gradients: this weight makes unequal shares count by patches.
         ((weights * losses).sum() * world / batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1005,7 +1010,7 @@ class Fit:
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
-        """The averaged network's estimate of a large photo, tile by tile, the mean of some turns."""
+        """The averaged network's estimate of a large photo, in tiles, the mean of some turns."""
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
@@ -1017,7 +1022,7 @@ class Fit:
     def learn(self, loss: Tensor):
         """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
         self.step += 1
-        self.net.zero_grad(set_to_none=False)
+        self.net.zero_grad()
         loss.backward()
         rate = min(1, self.step / 50)
         if self.o.optimiser == "muon":
@@ -1107,10 +1112,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, at the t0 whose noise hides the error of that
-# estimate, and needs some twenty calls in place of hundreds. At each the two are averaged by
-# precision. A DIP that underfits is wrong where it knows least, and there no t0 helps: the gain
-# over the same seconds of DIP alone is small. To run it: `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and at each call
+# its x_0 and that estimate are averaged by precision. Two things can mend the start: what the DDPM
+# knows of photos, and what it is told of this one (Task.clue). If it is told nothing it begins
+# where the noise just hides the DIP's error, and needs some twenty calls in place of hundreds. If
+# it is told y it begins with more noise, and its first call is its answer. To run it:
+# `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1890,7 +1897,8 @@ def cmd_train(args):
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = checkpoint(args, path, len(images[0]))
     rows, t_max = state["log"], state["config"]["t_max"]
-    net = UNet(len(images[0]), args.width, schedule=args.schedule).to(args.device, memory_format=torch.channels_last)
+    net = UNet(len(images[0]), args.width, schedule=args.schedule)
+    net = net.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net)
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
@@ -1936,8 +1944,9 @@ CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
 JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
-         "sample --init dip --no-clue", "sample --init observed", "sample --init observed --no-clue",
-         "sample", "sample --no-clue --steps 100", "fit-dip --nets 1", "fit-dip --method adapt")
+         "sample --init dip --no-clue", "sample --init observed",
+         "sample --init observed --no-clue", "sample", "sample --no-clue --steps 100",
+         "fit-dip --nets 1", "fit-dip --method adapt")
 CHANGES = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--fresh 0",
            "--turns 0", "--input fixed", "--target plain", "--width 64", "--depth 2",
            "--loss gradient", "--hold 0.1", "--tail 0", "--told 20")

@@ -656,7 +656,7 @@ def test_filters_move_by_muon_and_all_else_by_adam(shape):
     stale = list(published_muon(weight, matrices[[0, 0, 1, 2]], steps))
     way = 0.0
     for k, (grad, rate) in enumerate(zip(grads, rates)):
-        net.zero_grad(set_to_none=False)
+        net.zero_grad()
         ((net.weight * grad).sum() + (k - 1.5) * net.bias.sum()).backward()
         D.step_all(optimisers, rate)
         bias.grad = torch.full_like(bias, k - 1.5)
