@@ -174,9 +174,9 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
-    where y is known of the image, eps_theta(x_t, t, y) (Saharia et al. 2022).
+    told of y it is eps_theta(x_t, t, y) (Saharia et al. 2022).
 
-    forward(x, t): x_t, N x channels x H x W of any size, and after these channels, if y is known,
+    forward(x, t): x_t, N x channels x H x W of any size, and after these channels, if it is told,
     those of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
     """
     def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
@@ -206,10 +206,11 @@ class UNet(nn.Module):
         an error of level sigma_t, and the guess, with one of level s. The line is their mean by
         precision; what the network adds is in units of the error that this mean would have.
         """
-        x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1 - x.shape[1]))     # no clue: zeros
+        if x.shape[1] == self.channels:                                       # no clue: zeros
+            x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
         xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
         sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
-        spread2 = guess_spread(share) ** 2 * (1 - share)        # a known pixel has no error
+        spread2 = guess_spread(x[:, self.channels:]) ** 2 * (1 - share)       # known: no error
         z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
         line = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
         error = (spread2 * sigma2 / (spread2 + sigma2)).sqrt()
@@ -233,11 +234,11 @@ class UNet(nn.Module):
             x = F.interpolate(x, scale_factor=2.0) if skips else x            # doubled
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
-def guess_spread(share: Tensor) -> Tensor:
+def guess_spread(clue: Tensor) -> Tensor:
     """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation, or of
-    grey where nothing is known. share: N x 1 x H x W, what y knows of each pixel."""
-    known = share.amax(dim=(1, 2, 3), keepdim=True) > 0
-    return torch.where(known, 0.15, 0.5)
+    grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
+    return torch.where(told, 0.15, 0.5)
 
 @torch.no_grad()
 def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
@@ -516,9 +517,9 @@ def hole_side(mask: Tensor) -> int:
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
 
-    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, as x0_pred - x0 = -sigma_t (
-    eps_pred - eps); L_t is the training loss at t, smoothed over 31 t, without (k = 0) and with a
-    clue (k = 1).
+    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
+    x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
+    images of which nothing (k = 0) or something (k = 1) is told: a mean over all that may be told.
     """
     def __init__(self, state: dict):
         super().__init__()
@@ -528,10 +529,13 @@ class Prior(nn.Module):
         self.channels = self.model.channels
         self.t_max = config["t_max"]
         self.schedule = self.model.schedule
-        loss = state["eps_loss"][:, 1:self.t_max + 1]
-        loss = F.avg_pool1d(loss, 31, stride=1, padding=15, count_include_pad=False)
+        if state["eps_loss"].shape != (2, 1001):
+            raise ValueError("an older version made it")
         # Times that were not trained count as unknown: an eps of no information has loss 1.
-        loss = F.pad(loss, (1, 1000 - self.t_max), value=1.0)
+        seen = (~state["eps_loss"].isnan()).float()
+        total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
+        share = F.avg_pool1d(seen, 31, stride=1, padding=15)
+        loss = torch.where(share > 0, total / share, 1.0)
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
@@ -552,7 +556,7 @@ class Muon(torch.optim.Optimizer):
     al. 2024).
 
     torch.optim.Muon multiplies in bfloat16: processors without such products, which are many, would
-    take ten times as long for a step of training. Here filters of one shape go together.
+    take ten times as long for a step of training. Filters of one shape are one batch of products.
     """
     def __init__(self, filters: list, lr: float, momentum: float = 0.9):
         super().__init__(filters, dict(lr=lr, momentum=momentum))
@@ -569,7 +573,8 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(ahead.shape, []).append((p, ahead))
         for (rows, columns), pairs in by_shape.items():
             rate = group["lr"] * max(1, rows / columns) ** 0.5
-            directions = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+            with torch.autocast(pairs[0][0].device.type, enabled=False):    # not in bfloat16
+                directions = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
             for (p, _), direction in zip(pairs, directions):
                 p.sub_(rate * direction.view(p.shape))
 
@@ -578,13 +583,13 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     G = X X^T.
 
     All factors of X are polynomials of the first G, so only small squares are multiplied until the
-    end. Three steps in place of five: a fit takes a tenth less time, and is as good.
+    end. Three steps in place of five are as good.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalise(matrices.mT, steps).mT
     unit = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram = unit @ unit.mT
-    one = torch.eye(gram.shape[1]).to(gram)
+    one = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
     product = one
     for _ in range(steps):
         factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
@@ -635,8 +640,10 @@ def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
     hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
     tasks = [Task("nothing", mask=torch.zeros(1, 1, side, side)), Task("blocks", scale=scale),
              random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    parts = x0.split(math.ceil(count / 4))
-    clues = [task.clue(task.forward(part), channels) for task, part in zip(tasks, parts)]
+    order = torch.randperm(4, generator=gen).tolist()       # in turn, whatever the batch size
+    clues = []
+    for k, part in zip(order, x0.split(math.ceil(count / 4))):
+        clues.append(tasks[k].clue(tasks[k].forward(part), channels))
     return torch.cat(clues)
 
 @torch.no_grad()
@@ -648,7 +655,8 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
     """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
 
-    t is the larger of two draws from 1..t_max: more noise, where the clue counts, comes more often.
+    t is uniform on 1..t_max. Of an image of which something is told, the larger of two draws is
+    taken: with more noise the clue counts for more.
 
     images: uint8 C x H x W. state holds all that a step changes, so that a run goes on bit for bit.
     Of `world` processes, this one takes patches rank, rank + world, and so on, of each batch.
@@ -666,16 +674,19 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
     while state["step"] < steps:
         state["step"] += 1
         x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
-        t = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen).amax(dim=0)
         eps = torch.randn(x0.shape, generator=gen)
         clues = random_clues(x0, gen)
+        spread = guess_spread(clues).flatten()
+        told = (spread < 0.5).long()
+        draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
+        t = torch.where(told == 1, draws.amax(dim=0), draws[0])
         mine = slice(rank, None, world)
-        t, eps, clues = t[mine], eps[mine].to(device), clues[mine].to(device)
+        t, told, spread = t[mine], told[mine], spread[mine]
+        eps, clues = eps[mine].to(device), clues[mine].to(device)
         xt = q_sample(schedule, x0[mine].to(device), t, eps)
         predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
         losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
-        # The network's correction counts the same at every t (Karras et al. 2022, eq. 8).
-        spread = guess_spread(clues[:, -1:]).flatten().cpu()
+        # So a missing pixel's correction counts the same at every t (Karras et al. 2022, eq. 8).
         weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad()
         # Processes average their gradients: this weight makes unequal shares count by patches.
@@ -684,8 +695,9 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
         losses = losses.detach()
-        told = (spread < 0.5).long()
-        state["eps_loss"][told, t] = state["eps_loss"][told, t].lerp(losses, 0.2)
+        before = state["eps_loss"][told, t]
+        newest = torch.where(before.isnan(), losses, before.lerp(losses, 0.2))
+        state["eps_loss"][told, t] = newest
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
         yield losses.mean().item()
@@ -1101,8 +1113,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             blind.pop()
     if o.method == "staged" and task.scale > 1:
         # Their errors and the interpolation's differ, and R sees too little to weigh the two.
-        answers = [mean_image(answers), task.keep_known(task.interpolate(y), y)]
-        blind = [mean_image(blind), seen_task.keep_known(guess, seen)]
+        answers = [mean_image(answers), task.interpolate(y)]
+        blind = [mean_image(blind), guess]
     if judge:
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
@@ -1450,7 +1462,7 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
-DIP_START = 0.6                 # the noise up to which a prior for DIP starts is trained
+DIP_START = 0.6     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1705,7 +1717,7 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     mean = like_channels(x0.mean(dim=0, keepdim=True), x0 if x is None else x)
     rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=quality(mean, x)[0]))
 
-def first_call(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
+def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
     """(t0, network calls) of a sampling, where the command line does not say them.
 
     The start rule hides the error of the start, and twenty calls follow. A network that is told y
@@ -1721,7 +1733,10 @@ def first_call(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
     if args.init == "noise":
         t0 = prior.schedule.T
         steps = 20
-    return args.start or t0, args.steps or steps
+    steps = args.steps or steps
+    if steps == 1 and args.eta is not None:
+        fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
+    return args.start or t0, steps
 
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
@@ -1751,15 +1766,16 @@ def cmd_sample(args):
             risk = stage.risk
         if not args.no_guide:
             join.update(xhat=start, risk=risk)
-    t0, steps = first_call(args, prior, risk, told)
+    t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
         xt = noise_like(xt, gens)
     bar = Progress(min(steps, t0), "DDPM")
     rows = []
     join["watch"] = partial(watch_call, bar, rows, x)
+    eta = 1.0 if args.eta is None else args.eta
     try:
-        samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=args.eta, **join)
+        samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -1806,7 +1822,9 @@ def load_prior(args, channels: int) -> Prior:
     default = folder == os.path.join("runs", "train") and name in ("none.pt", "dip.pt")
     if default and not os.path.exists(path):
         train_default_prior(path, args.device.type)
-    _, prior = attempt("--ckpt", path, "train a prior with train", read_checkpoint)
+    kind = "none" if args.init == "noise" else "dip"
+    remedy = f"train another: train --prior {kind}"
+    _, prior = attempt("--ckpt", path, remedy, read_checkpoint)
     if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
@@ -1878,7 +1896,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
-                eps_loss=torch.ones(2, 1001))
+                eps_loss=torch.full((2, 1001), math.nan))
 
 def cmd_train(args):
     """train: Algorithm 1 on a folder of photos, or on an array; with checkpoints."""
@@ -2130,10 +2148,10 @@ def make_parser() -> argparse.ArgumentParser:
         add_settings(command)
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000, or auto: the start rule (auto)")
-    add("--steps", type=partial(whole, 1000), help="network calls, at most (20; 1 if told of y)")
+    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 0.6")
+    add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
-    add("--eta", type=partial(share, 1), default=1.0, help="0 DDIM .. 1 ancestral (1)")
+    add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
     add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
@@ -2180,7 +2198,7 @@ def refuse_idle_flags(args):
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
         (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
-        (name == "denoise", ["no_clue"], "with noise, where nothing is told"),
+        (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
