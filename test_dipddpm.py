@@ -257,7 +257,7 @@ def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t
     or of pixels (0.5) where nothing is told."""
     torch.manual_seed(t)
     schedule = D.NoiseSchedule()
-    sigma, abar = schedule.sigma[t].item(), schedule.abar[t].item()
+    abar = schedule.abar[t].item()
     xt, guess = 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(1, 3, 6, 6)
     share = torch.rand(1, 1, 6, 6)
     share[..., 0] = 1.0                                                 # known pixels
@@ -268,7 +268,6 @@ def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t
         at = torch.tensor([t])
         got = D.predict_x0(schedule, xt, at, silent_unet()(x, at))
         assert torch.allclose(got, want, atol=tolerance)
-        assert sigma > 0 and (got - xt / math.sqrt(abar)).abs().max() > 1e-6
     assert torch.allclose(got[..., 0], guess[..., 0], atol=tolerance)
 
 def test_the_clue_is_heard_and_its_absence_is_zeros():
@@ -277,7 +276,23 @@ def test_the_clue_is_heard_and_its_absence_is_zeros():
     xt, clue = torch.randn(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
     assert torch.equal(net(xt, t), net(torch.cat([xt, 0 * clue], 1), t))
     assert net(torch.cat([xt, clue], 1), t).shape == xt.shape
-    assert (net(torch.cat([xt, clue], 1), t) - net(xt, t)).abs().max() > 0.01
+    for part in (slice(3, 6), slice(6, 7)):                 # the hourglass sees guess and share
+        seen = torch.cat([xt, clue], 1)
+        other = seen.clone()
+        other[:, part] += 0.5
+        assert (net.correction(seen, t) - net.correction(other, t)).abs().max() > 1e-3
+    for channels in (1, 5, 9):
+        with pytest.raises(RuntimeError):
+            net(torch.randn(2, channels, 16, 16), t)
+
+def test_a_tile_inside_a_hole_is_still_told():
+    torch.manual_seed(0)
+    task, x, t = D.Task("t", mask=torch.ones(1, 1, 200, 200)), torch.rand(1, 3, 200, 200), torch.tensor([172])
+    task.mask[..., 20:, 20:] = 0
+    seen = torch.cat([torch.randn(1, 3, 200, 200), task.clue(task.forward(x), 3)], 1)
+    net = shaken(D.UNet(width=8))
+    whole = net(seen, t).detach()
+    assert (D.tiled(net, seen, t, side=64) - whole).abs().max() < 1e-4 * whole.abs().max()
 
 @pytest.mark.parametrize("size", [(200, 330), (65, 300), (64, 64)])
 def test_tiles_have_no_seams(size):
@@ -349,7 +364,7 @@ def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_hole
                 scale = round(levels.pop() ** -0.5)
                 kinds.add("blocks")
                 assert torch.allclose(F.avg_pool2d(guess, scale), F.avg_pool2d(x, scale), atol=1e-5)
-    assert len(kinds) == min(3, batch) and (batch < 5 or (min(missing) < 0.1 and max(missing) > 0.9))
+    assert len(kinds) == 3 and min(missing) < 0.2 and max(missing) > 0.8
 
 def test_estimate_sigma():
     gen = torch.Generator().manual_seed(0)
@@ -579,14 +594,15 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
             return super().forward(x)
 
     told = []
-    config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(2, 1001))
+    torch.manual_seed(0)
+    config = dict(lr=1e-2, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
     net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
     losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
     assert len(losses) == state["step"] == 40 and np.mean(losses[-10:]) < np.mean(losses[:10])
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
-    assert (state["eps_loss"][:, 1:8] != 1).all() and (state["eps_loss"][:, 8:] == 1).all()
+    assert state["eps_loss"][:, 1:8].isfinite().all() and state["eps_loss"][:, 8:].isnan().all()
     assert 0.25 <= np.mean(np.array(told) == 0) < 0.4          # a quarter of the images, or all is missing
 
 def test_the_loss_is_kept_apart_for_images_of_which_something_is_told():
@@ -603,7 +619,7 @@ def test_the_loss_is_kept_apart_for_images_of_which_something_is_told():
         return eps
 
     config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=3, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(2, 1001))
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
     net = Half(7, 3, 1).to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", spy)
@@ -641,10 +657,11 @@ def published_muon(x, grads, rates):
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 2, 1, 1), (12, 12, 1, 1)])
 def test_filters_move_by_muon_and_all_else_by_adam(shape):
-    """To 5 % of the way gone, as torch rounds its three steps to bfloat16. Where a step takes the
-    gradient of the step before, it is off by more than 30 %."""
+    """Also beside another filter of its shape. Where a step takes the gradient of the step before, it
+    is off by more than 30 %."""
     gen, rates = torch.Generator().manual_seed(0), [1.0, 0.5, 1.0, 0.25]
     net = nn.Conv2d(shape[1], shape[0], shape[2]).to(memory_format=torch.channels_last)
+    net.other = nn.Parameter(torch.randn(shape, generator=gen))         # first of its shape in the batch
     weight = net.weight.detach().flatten(1).double().numpy()
     bias = nn.Parameter(net.bias.detach().clone())
     adam = torch.optim.Adam([bias])
@@ -657,16 +674,28 @@ def test_filters_move_by_muon_and_all_else_by_adam(shape):
     way = 0.0
     for k, (grad, rate) in enumerate(zip(grads, rates)):
         net.zero_grad()
-        ((net.weight * grad).sum() + (k - 1.5) * net.bias.sum()).backward()
+        ((net.weight * grad).sum() - (net.other * grad.flip(0)).sum() + (k - 1.5) * net.bias.sum()).backward()
         D.step_all(optimisers, rate)
         bias.grad = torch.full_like(bias, k - 1.5)
         adam.param_groups[0]["lr"] = 0.02 * rate
         adam.step()
         got = net.weight.detach().flatten(1).numpy()
         way += np.linalg.norm(right[k] - (right[k - 1] if k else weight))
-        assert np.linalg.norm(got - right[k]) < 0.05 * way
+        assert np.linalg.norm(got - right[k]) < 1e-4 * way
         assert k == 0 or np.linalg.norm(got - stale[k]) > 0.3 * way
         assert torch.allclose(net.bias, bias, atol=1e-6)
+
+def test_muon_stays_in_float32_under_autocast():
+    matrices = torch.randn(2, 6, 20)
+    net = nn.Conv2d(5, 6, 2)
+    muon, _ = D.make_optimisers(net, 0.1, 0.1)
+    net.weight.grad = torch.randn_like(net.weight)
+    twin = copy.deepcopy(net)
+    twin.weight.grad = net.weight.grad.clone()
+    muon.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        D.make_optimisers(twin, 0.1, 0.1)[0].step()
+    assert torch.equal(net.weight, twin.weight) and D.orthogonalise(matrices).dtype == torch.float32
 
 def test_without_a_rate_for_muon_adam_moves_all():
     net = nn.Conv2d(2, 3, 3)
@@ -2163,6 +2192,8 @@ fit-dip P --stop fixed --tail 0.3 -> --tail
 sample --init observed P --iters 5 -> --iters
 sample --init observed P --no-guide -> --no-guide
 sample --init observed P --task denoise:25 --no-clue -> --no-clue
+sample --task inpaint:1 --no-clue -> --no-clue
+sample --init observed P --ckpt {p}/dip.pt --eta 0 -> --eta
 sample --init noise P --start 5 -> --start
 sample --init noise P --method dip -> --method
 sample --iters 5 -> --iters
@@ -2268,7 +2299,7 @@ def test_time_of_a_step():
     net, schedule = D.UNet().to(memory_format=torch.channels_last), D.NoiseSchedule()
     images = list(torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8))
     config = dict(lr=0.02, seed=0, batch=16, patch=48, t_max=1000, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(1001))
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
     xt = torch.randn(4, 3, 128, 128)
     jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((128, 256), (32, 64)):
