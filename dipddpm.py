@@ -173,19 +173,22 @@ class ResBlock(nn.Module):
         return self.short(x) + self.conv2(hidden)
 
 class UNet(nn.Module):
-    """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels.
+    """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
+    told of y it is eps_theta(x_t, t, y) (Saharia et al. 2022).
 
-    forward(x, t): N x channels x H x W of any size and int64 t of length N, to the shape of x.
+    forward(x, t): x_t, N x channels x H x W of any size, and after these channels, if it is told,
+    those of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
     """
-    def __init__(self, channels=3, width=48, mults=(1, 2, 3)):
+    def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
         super().__init__()
         self.channels = channels
         self.width = width
+        self.schedule = NoiseSchedule(1000, schedule)
         widths = [mult * width for mult in mults]
         top = widths[-1]
         emb = 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.stem = nn.Conv2d(4 * (2 * channels + 1), width, 3, padding=1)
         self.enc = nn.ModuleList()
         for cin, cout in zip([width] + widths, widths):
             self.enc.append(ResBlock(cin, cout, emb))
@@ -197,7 +200,25 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise eps in x = x_t, as the network sees it."""
+        """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
+
+        Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
+        an error of level sigma_t, and the guess, with one of level s. The line is their mean by
+        precision; what the network adds is in units of the error that this mean would have.
+        """
+        if x.shape[1] == self.channels:                                       # no clue: zeros
+            x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
+        xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
+        sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
+        spread2 = guess_spread(x[:, self.channels:]) ** 2 * (1 - share)       # known: no error
+        z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
+        line = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
+        error = (spread2 * sigma2 / (spread2 + sigma2)).sqrt()
+        x0 = line + error * self.correction(torch.cat([line, guess, share], dim=1), t)
+        return (z - x0) / sigma2.sqrt()
+
+    def correction(self, x: Tensor, t: Tensor) -> Tensor:
+        """The hourglass itself: what that line gets wrong, in units of its expected error."""
         height, width = x.shape[-2:]
         emb = self.time(timestep_embedding(t, self.width))
         x = pad_to(x, 2 ** len(self.enc))
@@ -213,17 +234,25 @@ class UNet(nn.Module):
             x = F.interpolate(x, scale_factor=2.0) if skips else x            # doubled
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
+def guess_spread(clue: Tensor) -> Tensor:
+    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation, or of
+    grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
+    return torch.where(told, 0.15, 0.5)
+
 @torch.no_grad()
 def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
     """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
-    out = torch.empty_like(x)
+    rows = []
     for top in range(0, x.shape[2], side):
+        row = []
         for left in range(0, x.shape[3], side):
             above, before = min(top, margin), min(left, margin)
             tile = x[..., top - above:top + side + margin, left - before:left + side + margin]
-            tile = network(tile, *more)[..., above:above + side, before:before + side]
-            out[..., top:top + side, left:left + side] = tile
-    return out
+            tile = network(tile, *more)
+            row.append(tile[..., above:above + side, before:before + side])
+        rows.append(torch.cat(row, dim=3))
+    return torch.cat(rows, dim=2)
 
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # The clean image x is seen through A, which hides pixels or averages them, and through noise. The
@@ -265,6 +294,13 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
+    def clue(self, y: Tensor, channels: int) -> Tensor:
+        """What a DDPM is told of y: the first guess of x, and the share of each pixel that y knows,
+        which is the diagonal of A^+ A. N x (channels + 1) x H x W."""
+        guess = self.interpolate(y).expand(-1, channels, -1, -1)
+        share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
+        return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
+
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
         return x - gain * self.pinv(self.forward(x) - y)
@@ -278,9 +314,13 @@ class Task:
         return ((self.forward(x) - y) ** 2).mean() / self.mask.mean().clamp(min=1e-9)
 
     def interpolate(self, y: Tensor) -> Tensor:
-        """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement."""
-        y = fill_holes(y, self.mask)
-        return F.interpolate(y, scale_factor=float(self.scale), mode="bicubic")
+        """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement, in
+        which the means of blocks are set to those that were given (worth 0.2 dB)."""
+        filled = fill_holes(y, self.mask)
+        if self.scale == 1:
+            return filled
+        enlarged = F.interpolate(filled, scale_factor=float(self.scale), mode="bicubic")
+        return self.project(enlarged, y)
 
 def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     """The missing pixels from the mean of the known ones around them, coarse to fine."""
@@ -441,7 +481,7 @@ def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
     return torch.where(known > 0, lots, 2.0)
 
 def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
-    """The pair of an observation with holes: (what is seen, its holes filled; the task of the rest).
+    """The pair of an observation with holes: (what is seen, its holes filled; the rest's task).
 
     A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
     that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
@@ -470,26 +510,32 @@ def hole_side(mask: Tensor) -> int:
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
-# at a time. To run it: `dipddpm.py train`, then `sample --task inpaint:1` for pictures from noise.
+# at a time. Of most images it is told something, too: a part of the pixels, or the means of blocks.
+# So one network draws pictures from nothing, and completes what is known of a picture. To run it:
+# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
 
-    r2[t] = sigma_t^2 L_t is the mean squared error of its x_0, as x0_pred - x0 = -sigma_t (eps_pred
-    - eps); L_t is the training loss at t, smoothed over 31 t.
+    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
+    x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
+    images of which nothing (k = 0) or something (k = 1) is told: a mean over all that may be told.
     """
     def __init__(self, state: dict):
         super().__init__()
         config = state["config"]
-        self.model = UNet(config["channels"], config["width"])
+        self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
         self.t_max = config["t_max"]
-        self.schedule = NoiseSchedule(1000, config["schedule"])
-        loss = state["eps_loss"][None, 1:self.t_max + 1]
-        loss = F.avg_pool1d(loss, 31, stride=1, padding=15, count_include_pad=False)
+        self.schedule = self.model.schedule
+        if state["eps_loss"].shape != (2, 1001):
+            raise ValueError("an older version made it")
         # Times that were not trained count as unknown: an eps of no information has loss 1.
-        loss = F.pad(loss[0], (1, 1000 - self.t_max), value=1.0)
+        seen = (~state["eps_loss"].isnan()).float()
+        total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
+        share = F.avg_pool1d(seen, 31, stride=1, padding=15)
+        loss = torch.where(share > 0, total / share, 1.0)
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
@@ -505,26 +551,59 @@ def like_channels(x: Tensor, given: Tensor) -> Tensor:
     """A colour answer to a grey question is grey: the mean of its channels."""
     return x.mean(dim=1, keepdim=True) if given.shape[1] == 1 else x
 
-def make_optimisers(net: nn.Module, muon_lr: float | None, adam_lr: float) -> list:
-    """Muon (Jordan et al. 2024) for the filters, Adam for all else; without muon_lr, Adam for all.
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for filters that are seen as matrices of c_out x rest (Jordan et
+    al. 2024).
 
-    Muon takes matrices: views of the filters and of their gradients, c_out x rest. A view does not
-    notice a new gradient, so gradients must be zeroed in place.
+    torch.optim.Muon multiplies in bfloat16: processors without such products, which are many, would
+    take ten times as long for a step of training. Filters of one shape are one batch of products.
     """
+    def __init__(self, filters: list, lr: float, momentum: float = 0.9):
+        super().__init__(filters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        """Move each filter against its momentum, looking ahead as Nesterov does."""
+        group = self.param_groups[0]
+        by_shape = {}
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            ahead = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+            by_shape.setdefault(ahead.shape, []).append((p, ahead))
+        for (rows, columns), pairs in by_shape.items():
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            with torch.autocast(pairs[0][0].device.type, enabled=False):    # not in bfloat16
+                directions = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+            for (p, _), direction in zip(pairs, directions):
+                p.sub_(rate * direction.view(p.shape))
+
+def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
+    """K matrices U S V^T to about U V^T, by Newton-Schulz steps X <- (a + b G + c G^2) X where
+    G = X X^T.
+
+    All factors of X are polynomials of the first G, so only small squares are multiplied until the
+    end. Three steps in place of five are as good.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalise(matrices.mT, steps).mT
+    unit = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = unit @ unit.mT
+    one = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    product = one
+    for _ in range(steps):
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ unit
+
+def make_optimisers(net: nn.Module, muon_lr: float | None, adam_lr: float) -> list:
+    """Muon for the filters, Adam for all else; without muon_lr, Adam for all."""
     if muon_lr is None:
         return [torch.optim.Adam(net.parameters(), lr=adam_lr)]
-    matrices, others = [], []
-    for p in net.parameters():
-        if p.ndim == 4:
-            p.grad = torch.zeros_like(p)
-            matrix = p.detach().movedim(1, -1).view(len(p), -1)     # in channels_last order
-            matrix.grad = p.grad.movedim(1, -1).view(len(p), -1)
-            matrices.append(matrix)
-        else:
-            others.append(p)
-    # Three Newton-Schulz steps in place of five: a fit takes a tenth less time, and is as good.
-    muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.9, weight_decay=0, ns_steps=3)
-    return [muon, torch.optim.Adam(others, lr=adam_lr)]
+    filters = [p for p in net.parameters() if p.ndim == 4]
+    others = [p for p in net.parameters() if p.ndim != 4]
+    return [Muon(filters, muon_lr), torch.optim.Adam(others, lr=adam_lr)]
 
 def step_all(optimisers: list, factor: float):
     """A step at a share of the learning rates."""
@@ -546,6 +625,27 @@ def random_patches(images: list, count: int, side: int, gen: torch.Generator) ->
         patches.append(images[i][:, rows, columns])
     return torch.stack(patches)
 
+def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
+    """A task in which any share of the pixels is missing, in squares of a given side."""
+    lots = draw_lots(torch.ones(1, 1, side, side), hole, gen)
+    return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
+
+def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
+    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of a
+    quarter of them nothing, of a quarter the means of blocks, of the rest what is around small or
+    large holes."""
+    count, channels, _, side = x0.shape
+    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
+    scale = scales[int(torch.randint(len(scales), (), generator=gen))]
+    hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
+    tasks = [Task("nothing", mask=torch.zeros(1, 1, side, side)), Task("blocks", scale=scale),
+             random_holes(side, 1, gen), random_holes(side, hole, gen)]
+    order = torch.randperm(4, generator=gen).tolist()       # in turn, whatever the batch size
+    clues = []
+    for k, part in zip(order, x0.split(math.ceil(count / 4))):
+        clues.append(tasks[k].clue(tasks[k].forward(part), channels))
+    return torch.cat(clues)
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, rate: float):
     """Move averaged weights, and the statistics of BatchNorm, towards the model's."""
@@ -553,7 +653,10 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
         averaged.copy_(averaged + rate * (newest - averaged))
 
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
-    """Ho et al. Algorithm 1 with t uniform on 1..t_max; yields the loss at every step.
+    """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
+
+    t is uniform on 1..t_max. Of an image of which something is told, the larger of two draws is
+    taken: with more noise the clue counts for more.
 
     images: uint8 C x H x W. state holds all that a step changes, so that a run goes on bit for bit.
     Of `world` processes, this one takes patches rank, rank + world, and so on, of each batch.
@@ -570,20 +673,31 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         gen.set_state(state["rng"])
     while state["step"] < steps:
         state["step"] += 1
-        x0 = random_patches(images, batch, config["patch"], gen).to(device) / 127.5 - 1
-        t = torch.randint(1, config["t_max"] + 1, (batch,), generator=gen)
-        eps = torch.randn(x0.shape, generator=gen).to(device)
-        x0, t, eps = x0[rank::world], t[rank::world], eps[rank::world]
-        xt = q_sample(schedule, x0, t, eps)
-        losses = ((model(xt, t.to(device)) - eps) ** 2).mean(dim=(1, 2, 3))   # Ho et al. eq. 14
-        model.zero_grad(set_to_none=False)
+        x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
+        eps = torch.randn(x0.shape, generator=gen)
+        clues = random_clues(x0, gen)
+        spread = guess_spread(clues).flatten()
+        told = (spread < 0.5).long()
+        draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
+        t = torch.where(told == 1, draws.amax(dim=0), draws[0])
+        mine = slice(rank, None, world)
+        t, told, spread = t[mine], told[mine], spread[mine]
+        eps, clues = eps[mine].to(device), clues[mine].to(device)
+        xt = q_sample(schedule, x0[mine].to(device), t, eps)
+        predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
+        losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
+        # So a missing pixel's correction counts the same at every t (Karras et al. 2022, eq. 8).
+        weights = 1 + (schedule.sigma[t] / spread) ** 2
+        model.zero_grad()
         # Processes average their gradients: this weight makes unequal shares count by patches.
-        (losses.sum() * world / batch).backward()
+        ((weights * losses).sum() * world / batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        losses = losses.detach().cpu()
-        state["eps_loss"][t] = state["eps_loss"][t].lerp(losses, 0.2)
+        losses = losses.detach()
+        before = state["eps_loss"][told, t]
+        newest = torch.where(before.isnan(), losses, before.lerp(losses, 0.2))
+        state["eps_loss"][told, t] = newest
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
         yield losses.mean().item()
@@ -908,7 +1022,7 @@ class Fit:
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
-        """The averaged network's estimate of a large photo, tile by tile, the mean of some turns."""
+        """The averaged network's estimate of a large photo, in tiles, the mean of some turns."""
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
@@ -920,7 +1034,7 @@ class Fit:
     def learn(self, loss: Tensor):
         """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
         self.step += 1
-        self.net.zero_grad(set_to_none=False)
+        self.net.zero_grad()
         loss.backward()
         rate = min(1, self.step / 50)
         if self.o.optimiser == "muon":
@@ -999,8 +1113,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             blind.pop()
     if o.method == "staged" and task.scale > 1:
         # Their errors and the interpolation's differ, and R sees too little to weigh the two.
-        answers = [mean_image(answers), task.keep_known(task.interpolate(y), y)]
-        blind = [mean_image(blind), seen_task.keep_known(guess, seen)]
+        answers = [mean_image(answers), task.interpolate(y)]
+        blind = [mean_image(blind), guess]
     if judge:
         found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
@@ -1010,10 +1124,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, at the t0 whose noise hides the error of that
-# estimate, and needs some twenty calls in place of hundreds. At each the two are averaged by
-# precision. A DIP that underfits is wrong where it knows least, and there no t0 helps: the gain
-# over the same seconds of DIP alone is small. To run it: `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and at each call
+# its x_0 and that estimate are averaged by precision. Two things can mend the start: what the DDPM
+# knows of photos, and what it is told of this one (Task.clue). If it is told nothing it begins
+# where the noise just hides the DIP's error, and needs some twenty calls in place of hundreds. If
+# it is told y it begins with more noise, and its first call is its answer. To run it:
+# `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1039,17 +1155,26 @@ def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat, risk: float, y, task: Tas
         watch(x0)
     return x0
 
+def eps_with_clue(model, clue: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """eps_theta(x_t, t, y): the clue goes in beside x_t."""
+    return tiled(model, torch.cat([xt, clue], dim=1), t)
+
 def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps=20, eta=1.0, y=None,
-            xhat=None, risk=0.0, watch=None) -> Tensor:
-    """The reverse process from x_t0 on, joined at each step with y and with the DIP's xhat.
+            clue=None, xhat=None, risk=0.0, watch=None) -> Tensor:
+    """The reverse process from x_t0 on, told the clue, and joined at each step with y and xhat.
 
     A grey image goes through a colour prior as three equal channels. Sample i depends on gens[i]
-    alone. watch(x0), if given, sees every step.
+    alone. clue: of Task.clue, or None: the network is told nothing. watch(x0), if given, sees every
+    step.
     """
-    join = partial(refine_x0, r2=prior.r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
     start = xt.expand(-1, prior.channels, -1, -1)
-    x0 = ddim_sample(partial(tiled, prior.model), prior.schedule, start, t0, steps, gens, eta, join)
-    return like_channels(x0, xt)
+    r2 = prior.r2[1]
+    if clue is None:
+        clue = start[:, :0]
+        r2 = prior.r2[0]
+    model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
+    join = partial(refine_x0, r2=r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
+    return like_channels(ddim_sample(model, prior.schedule, start, t0, steps, gens, eta, join), xt)
 
 # ---- 7. Metrics ---------------------------------------------------------------------------------
 
@@ -1337,6 +1462,7 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
+DIP_START = 0.6     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1591,6 +1717,27 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     mean = like_channels(x0.mean(dim=0, keepdim=True), x0 if x is None else x)
     rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=quality(mean, x)[0]))
 
+def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
+    """(t0, network calls) of a sampling, where the command line does not say them.
+
+    The start rule hides the error of the start, and twenty calls follow. A network that is told y
+    may start with more noise: of the start it needs less, and one call answers with the mean of
+    all that could be.
+    """
+    t0 = prior.schedule.start_t(risk)
+    steps = 20
+    if told:
+        t0 = prior.schedule.start_t(DIP_START ** 2)
+        steps = 1
+    t0 = min(t0, prior.t_max)
+    if args.init == "noise":
+        t0 = prior.schedule.T
+        steps = 20
+    steps = args.steps or steps
+    if steps == 1 and args.eta is not None:
+        fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
+    return args.start or t0, steps
+
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
     x, y, task = observe(args)
@@ -1606,6 +1753,9 @@ def cmd_sample(args):
     metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
+    told = task.sigma == 0 and not args.no_clue
+    if told:
+        join["clue"] = task.clue(y, prior.channels)
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
@@ -1616,16 +1766,16 @@ def cmd_sample(args):
             risk = stage.risk
         if not args.no_guide:
             join.update(xhat=start, risk=risk)
-    t0 = args.start or min(prior.schedule.start_t(risk), prior.t_max)
+    t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
-        t0 = prior.schedule.T
         xt = noise_like(xt, gens)
-    bar = Progress(min(args.steps, t0), "DDPM")
+    bar = Progress(min(steps, t0), "DDPM")
     rows = []
     join["watch"] = partial(watch_call, bar, rows, x)
+    eta = 1.0 if args.eta is None else args.eta
     try:
-        samples = reverse(prior, task, xt, t0, gens, steps=args.steps, eta=args.eta, **join)
+        samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -1672,7 +1822,9 @@ def load_prior(args, channels: int) -> Prior:
     default = folder == os.path.join("runs", "train") and name in ("none.pt", "dip.pt")
     if default and not os.path.exists(path):
         train_default_prior(path, args.device.type)
-    _, prior = attempt("--ckpt", path, "train a prior with train", read_checkpoint)
+    kind = "none" if args.init == "noise" else "dip"
+    remedy = f"train another: train --prior {kind}"
+    _, prior = attempt("--ckpt", path, remedy, read_checkpoint)
     if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
@@ -1731,8 +1883,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
     config = {name: getattr(args, name) for name in CONFIG} | dict(channels=channels)
     if args.t_max is None:
         config["t_max"] = 1000
-        if args.prior == "dip":                 # the first rung without noise: a = 3, unit 0.2
-            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(0.6 ** 2)
+        if args.prior == "dip":
+            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -1744,7 +1896,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
-                eps_loss=torch.ones(1001))
+                eps_loss=torch.full((2, 1001), math.nan))
 
 def cmd_train(args):
     """train: Algorithm 1 on a folder of photos, or on an array; with checkpoints."""
@@ -1763,7 +1915,8 @@ def cmd_train(args):
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = checkpoint(args, path, len(images[0]))
     rows, t_max = state["log"], state["config"]["t_max"]
-    net = UNet(len(images[0]), args.width).to(args.device, memory_format=torch.channels_last)
+    net = UNet(len(images[0]), args.width, schedule=args.schedule)
+    net = net.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net)
     net.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
@@ -1786,7 +1939,7 @@ def cmd_train(args):
             save(path, state)
     if rank > 0:
         return
-    loss = state["eps_loss"][1:t_max + 1].tolist()
+    loss = state["eps_loss"][:, 1:t_max + 1].tolist()
     metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
     save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
     save(os.path.join(args.out, "log.csv"), rows)
@@ -1796,9 +1949,10 @@ def training_curves(rows: list, loss: list) -> Image.Image:
     """The loss against time, and below it by t = 1, 2, ..."""
     label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
-    by_t = ("running mean", list(range(1, len(loss) + 1)), loss)
+    ts = list(range(1, len(loss[0]) + 1))
+    by_t = [("nothing told", ts, loss[0]), ("told what an observation knows", ts, loss[1])]
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
-              plot([by_t], "Loss by t", "t", label, ylog=True)]
+              plot(by_t, "Loss by t, running mean", "t", label, ylog=True)]
     return Image.fromarray(np.vstack(charts))
 
 # ---- 10. Evaluation: tables in which every row is a command line --------------------------------
@@ -1808,8 +1962,9 @@ CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
 JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
-         "sample --init observed", "sample --steps 100", "fit-dip --nets 1",
-         "fit-dip --method adapt")
+         "sample --init dip --no-clue", "sample --init observed",
+         "sample --init observed --no-clue", "sample", "sample --no-clue --steps 100",
+         "fit-dip --nets 1", "fit-dip --method adapt")
 CHANGES = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--fresh 0",
            "--turns 0", "--input fixed", "--target plain", "--width 64", "--depth 2",
            "--loss gradient", "--hold 0.1", "--tail 0", "--told 20")
@@ -1993,11 +2148,12 @@ def make_parser() -> argparse.ArgumentParser:
         add_settings(command)
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000, or auto: the start rule (auto)")
-    add("--steps", type=partial(whole, 1000), default=20, help="network calls, at most (20)")
+    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 0.6")
+    add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
-    add("--eta", type=partial(share, 1), default=1.0, help="0 DDIM .. 1 ancestral (1)")
+    add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
     add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
+    add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
@@ -2042,6 +2198,7 @@ def refuse_idle_flags(args):
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
         (args.observed and number is not None, ["told"], "with --observed and denoise:SIGMA"),
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
+        (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),

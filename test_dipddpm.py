@@ -244,6 +244,56 @@ def test_unet_treats_every_place_alike_and_sees_t():
     assert torch.equal(a[..., :30], b[..., :30]) and (a - b).abs().max() > 0.01
     assert (net(x, t) - net(x, t + 100)).abs().max() > 1e-4
 
+def silent_unet(channels=3):
+    """A network whose correction is 0: what it says is the line that it corrects."""
+    net = D.UNet(channels, width=8).eval()
+    nn.init.zeros_(net.out.bias)
+    return net
+
+@pytest.mark.parametrize("t", [1, 60, 172, 1000])
+def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t):
+    """x ~ N(guess, s^2) and x_t / sqrt(abar) = x + sigma_t eps: E[x | x_t] by Bayes' rule, from the
+    joint covariance; s is that of an interpolation (0.15), less where y knows a share of the pixel,
+    or of pixels (0.5) where nothing is told."""
+    torch.manual_seed(t)
+    schedule = D.NoiseSchedule()
+    abar = schedule.abar[t].item()
+    xt, guess = 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(1, 3, 6, 6)
+    share = torch.rand(1, 1, 6, 6)
+    share[..., 0] = 1.0                                                 # known pixels
+    tolerance = {1: 5e-4, 1000: 1e-3}.get(t, 1e-5)                      # float32 of z and eps
+    for s, mean, x in ((0.5, 0 * guess, xt), (0.15 * (1 - share).sqrt(), guess, torch.cat([xt, guess, share], 1))):
+        var = abar * s ** 2 + 1 - abar                                  # of x_t
+        want = mean + math.sqrt(abar) * s ** 2 / var * (xt - math.sqrt(abar) * mean)
+        at = torch.tensor([t])
+        got = D.predict_x0(schedule, xt, at, silent_unet()(x, at))
+        assert torch.allclose(got, want, atol=tolerance)
+    assert torch.allclose(got[..., 0], guess[..., 0], atol=tolerance)
+
+def test_the_clue_is_heard_and_its_absence_is_zeros():
+    torch.manual_seed(0)
+    net, t = shaken(D.UNet(width=8)), torch.tensor([100, 7])
+    xt, clue = torch.randn(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
+    assert torch.equal(net(xt, t), net(torch.cat([xt, 0 * clue], 1), t))
+    assert net(torch.cat([xt, clue], 1), t).shape == xt.shape
+    for part in (slice(3, 6), slice(6, 7)):                 # the hourglass sees guess and share
+        seen = torch.cat([xt, clue], 1)
+        other = seen.clone()
+        other[:, part] += 0.5
+        assert (net.correction(seen, t) - net.correction(other, t)).abs().max() > 1e-3
+    for channels in (1, 5, 9):
+        with pytest.raises(RuntimeError):
+            net(torch.randn(2, channels, 16, 16), t)
+
+def test_a_tile_inside_a_hole_is_still_told():
+    torch.manual_seed(0)
+    task, x, t = D.Task("t", mask=torch.ones(1, 1, 200, 200)), torch.rand(1, 3, 200, 200), torch.tensor([172])
+    task.mask[..., 20:, 20:] = 0
+    seen = torch.cat([torch.randn(1, 3, 200, 200), task.clue(task.forward(x), 3)], 1)
+    net = shaken(D.UNet(width=8))
+    whole = net(seen, t).detach()
+    assert (D.tiled(net, seen, t, side=64) - whole).abs().max() < 1e-4 * whole.abs().max()
+
 @pytest.mark.parametrize("size", [(200, 330), (65, 300), (64, 64)])
 def test_tiles_have_no_seams(size):
     """In tiles or at once, the same picture: each tile sees all that its pixels depend on."""
@@ -280,8 +330,41 @@ def test_operators(task):
     assert torch.equal(task.keep_known(x, y), x if task.sigma else task.project(x, y))
     guess = task.interpolate(y.float())
     assert task.forward(guess).shape == y.shape and torch.isfinite(guess).all()
-    if task.scale == 1:
-        assert torch.allclose(task.forward(guess), y.float())
+    if task.name in ("inpaint", "sr"):                                        # consistent with y
+        assert torch.allclose(task.forward(guess), y.float(), atol=1e-6)
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda t: t.name)
+def test_a_clue_is_the_guess_and_what_y_knows_of_each_pixel(task):
+    """The share is the diagonal of A^+ A: pixel after pixel by the operators themselves."""
+    y = task.forward(torch.rand(1, 1, 12, 12))
+    clue = task.clue(y, 3)
+    assert torch.equal(clue[:, :3], task.interpolate(y).expand(-1, 3, -1, -1))
+    basis = torch.eye(144).view(144, 1, 12, 12)
+    diagonal = task.pinv(task.forward(basis)).view(144, 144).diagonal()
+    assert torch.allclose(clue[0, 3].flatten(), diagonal)
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_holes(batch):
+    x0, gen = torch.rand(batch, 3, 24, 24), D.stream(0, D.TRAIN)
+    kinds, missing = set(), []
+    for _ in range(40):
+        clues = D.random_clues(x0, gen)
+        assert clues.shape == (batch, 4, 24, 24)
+        for x, clue in zip(x0, clues):
+            guess, share = clue[:3], clue[3]
+            levels = set(share.unique().tolist())
+            if levels == {0.0}:
+                kinds.add("nothing")
+                assert (guess == 0).all()
+            elif levels <= {0.0, 1.0}:
+                kinds.add("holes")
+                missing.append(1 - share.mean().item())
+                assert torch.equal(guess[:, share > 0], x[:, share > 0])
+            else:
+                scale = round(levels.pop() ** -0.5)
+                kinds.add("blocks")
+                assert torch.allclose(F.avg_pool2d(guess, scale), F.avg_pool2d(x, scale), atol=1e-5)
+    assert len(kinds) == 3 and min(missing) < 0.2 and max(missing) > 0.8
 
 def test_estimate_sigma():
     gen = torch.Generator().manual_seed(0)
@@ -496,7 +579,7 @@ def make_prior(model, t_max=1000, eps_loss=0.02):
     """A Prior around any model(x_t, t), its eps-loss the same at every t."""
     config = dict(channels=3, width=8, schedule="linear", t_max=t_max)
     prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(),
-                         eps_loss=torch.full((1001,), eps_loss)))
+                         eps_loss=torch.full((2, 1001), eps_loss)))
     del prior.model                                         # also a plain function may take its place
     prior.model, prior.channels = model, 1
     return prior
@@ -507,16 +590,41 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     class Spy(nn.Conv2d):
         def forward(self, x, t):
             seen.extend(t.tolist())
+            told.extend(x[:, -1].amax(dim=(1, 2)).tolist())
             return super().forward(x)
 
-    config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(1001))
+    told = []
+    torch.manual_seed(0)
+    config = dict(lr=1e-2, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
-    net = Spy(3, 3, 1).to(memory_format=torch.channels_last)
-    losses = list(D.train_ddpm(state, net, Spy(3, 3, 1), images, 40))
-    assert len(losses) == state["step"] == 40 and losses[-1] < losses[0]
+    net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
+    losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
+    assert len(losses) == state["step"] == 40 and np.mean(losses[-10:]) < np.mean(losses[:10])
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
-    assert (state["eps_loss"][1:8] != 1).all() and (state["eps_loss"][8:] == 1).all()
+    assert state["eps_loss"][:, 1:8].isfinite().all() and state["eps_loss"][:, 8:].isnan().all()
+    assert 0.25 <= np.mean(np.array(told) == 0) < 0.4          # a quarter of the images, or all is missing
+
+def test_the_loss_is_kept_apart_for_images_of_which_something_is_told():
+    """A model that is right where it is told something and says nothing elsewhere."""
+    class Half(nn.Conv2d):
+        def forward(self, x, t):
+            return eps * (x[:, -1:].amax(dim=(1, 2, 3), keepdim=True) > 0) + 0 * super().forward(x)
+
+    eps, draws = None, torch.randn
+
+    def spy(*shape, **flags):
+        nonlocal eps
+        eps = draws(*shape, **flags)
+        return eps
+
+    config = dict(lr=1e-3, seed=0, batch=16, patch=8, t_max=3, schedule="linear")
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
+    net = Half(7, 3, 1).to(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", spy)
+        list(D.train_ddpm(state, net, Half(7, 3, 1), [torch.zeros(3, 9, 9, dtype=torch.uint8)], 60))
+    assert (state["eps_loss"][0, 1:4] - 1).abs().max() < 0.3 and state["eps_loss"][1, 1:4].max() < 1e-4
 
 def test_error_variance_is_the_error_of_x0():
     """A model that is off by e in eps is off by sigma_t e in x0, hence r_t^2 = sigma_t^2 e^2."""
@@ -524,7 +632,7 @@ def test_error_variance_is_the_error_of_x0():
     x0, eps = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     xt = D.q_sample(schedule, x0, torch.tensor([t]), eps)
     off = D.predict_x0(schedule, xt, torch.tensor([t]), eps + e) - x0
-    assert make_prior(None, 100, e ** 2).r2[t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
+    assert make_prior(None, 100, e ** 2).r2[0, t].item() == pytest.approx((off ** 2).mean().item(), rel=1e-3)
 
 def test_a_prior_denoises_gaussian_data_like_wiener():
     """E[x | z] = (m sigma^2 + s^2 z) / (s^2 + sigma^2) at the noise levels of the schedule."""
@@ -549,10 +657,11 @@ def published_muon(x, grads, rates):
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 2, 1, 1), (12, 12, 1, 1)])
 def test_filters_move_by_muon_and_all_else_by_adam(shape):
-    """To 5 % of the way gone, as torch rounds its three steps to bfloat16. Where a step takes the
-    gradient of the step before, it is off by more than 30 %."""
+    """Also beside another filter of its shape. Where a step takes the gradient of the step before, it
+    is off by more than 30 %."""
     gen, rates = torch.Generator().manual_seed(0), [1.0, 0.5, 1.0, 0.25]
     net = nn.Conv2d(shape[1], shape[0], shape[2]).to(memory_format=torch.channels_last)
+    net.other = nn.Parameter(torch.randn(shape, generator=gen))         # first of its shape in the batch
     weight = net.weight.detach().flatten(1).double().numpy()
     bias = nn.Parameter(net.bias.detach().clone())
     adam = torch.optim.Adam([bias])
@@ -564,17 +673,29 @@ def test_filters_move_by_muon_and_all_else_by_adam(shape):
     stale = list(published_muon(weight, matrices[[0, 0, 1, 2]], steps))
     way = 0.0
     for k, (grad, rate) in enumerate(zip(grads, rates)):
-        net.zero_grad(set_to_none=False)
-        ((net.weight * grad).sum() + (k - 1.5) * net.bias.sum()).backward()
+        net.zero_grad()
+        ((net.weight * grad).sum() - (net.other * grad.flip(0)).sum() + (k - 1.5) * net.bias.sum()).backward()
         D.step_all(optimisers, rate)
         bias.grad = torch.full_like(bias, k - 1.5)
         adam.param_groups[0]["lr"] = 0.02 * rate
         adam.step()
         got = net.weight.detach().flatten(1).numpy()
         way += np.linalg.norm(right[k] - (right[k - 1] if k else weight))
-        assert np.linalg.norm(got - right[k]) < 0.05 * way
+        assert np.linalg.norm(got - right[k]) < 1e-4 * way
         assert k == 0 or np.linalg.norm(got - stale[k]) > 0.3 * way
         assert torch.allclose(net.bias, bias, atol=1e-6)
+
+def test_muon_stays_in_float32_under_autocast():
+    matrices = torch.randn(2, 6, 20)
+    net = nn.Conv2d(5, 6, 2)
+    muon, _ = D.make_optimisers(net, 0.1, 0.1)
+    net.weight.grad = torch.randn_like(net.weight)
+    twin = copy.deepcopy(net)
+    twin.weight.grad = net.weight.grad.clone()
+    muon.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        D.make_optimisers(twin, 0.1, 0.1)[0].step()
+    assert torch.equal(net.weight, twin.weight) and D.orthogonalise(matrices).dtype == torch.float32
 
 def test_without_a_rate_for_muon_adam_moves_all():
     net = nn.Conv2d(2, 3, 3)
@@ -599,7 +720,7 @@ def test_resume_is_bit_exact(tmp_path, data):
     assert run(*flags, tmp_path / "b", "--steps", 6, "--resume") == 0
     a, b = load(tmp_path / "a" / "none.pt"), load(tmp_path / "b" / "none.pt")
     assert a["step"] == b["step"] == 6 and same_weights(a, b)
-    assert torch.equal(a["rng"], b["rng"]) and torch.equal(a["eps_loss"], b["eps_loss"])
+    assert torch.equal(a["rng"], b["rng"]) and torch.equal(a["eps_loss"].nan_to_num(-1), b["eps_loss"].nan_to_num(-1))
     muon, adam = a["optimisers"]
     for mine, other in zip((muon, adam), b["optimisers"]):
         assert mine["state"] and mine["state"].keys() == other["state"].keys()
@@ -694,7 +815,7 @@ def test_two_processes_train_like_one(tmp_path, data):
     assert run(*flags, tmp_path / "one") == 0
     assert run(*flags, tmp_path / "other", "--seed", 1) == 0
     states = [load(tmp_path / name / "none.pt") for name in ("one", "two", "other")]
-    for name, part in (("momentum_buffer", 0), ("exp_avg", 1)):     # averages of three gradients
+    for name, part in (("momentum", 0), ("exp_avg", 1)):     # averages of three gradients
         one, two, other = (torch.cat([v[name].flatten() for v in s["optimisers"][part]["state"].values()])
                            for s in states)
         assert (one - two).norm() < 1e-4 * one.norm() and one.norm() > 0
@@ -1161,6 +1282,17 @@ def test_guidance_is_the_product_of_two_gaussians():
     got = D.refine_x0(one, 5, xhat=None, y=one * 0, task=D.Task("d", sigma=0.2), **join)
     assert got.mean().item() == pytest.approx(0.8 * 0.5)            # noisy y: equal precisions
 
+@pytest.mark.parametrize("scale, mask", [(4, torch.tensor(1.0)), (1, (torch.rand(1, 1, 16, 16) < 0.3).float())])
+def test_noise_init_begins_at_the_interpolation_where_it_is_told_of_it(scale, mask):
+    """A network that adds nothing answers with the guess, after one call from pure noise; and with
+    the mean of pixels, 0, if it is not told."""
+    prior, gens = make_prior(silent_unet(1)), [D.stream(k, D.SAMPLE) for k in range(2)]
+    task, x = D.Task("t", scale=scale, mask=mask), smooth_image(16, 1)
+    y, xt = task.forward(x), D.noise_like(torch.empty(2, 1, 16, 16), gens)
+    told = D.reverse(prior, task, xt, 1000, gens, steps=1, clue=task.clue(y, 1))
+    assert (told - task.interpolate(y)).abs().max() < 0.01
+    assert D.reverse(prior, task, xt, 1000, gens, steps=1).abs().max() < 0.02
+
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
     prior, start = make_prior(shaken(D.UNet(1, width=8))), smooth_image(16, 1)
@@ -1170,7 +1302,7 @@ def test_sample_i_does_not_depend_on_the_batch_size():
     def sample(seeds):
         gens = [D.stream(seed, D.SAMPLE) for seed in seeds]
         xt = D.noised(prior.schedule, start, 200, gens)
-        return D.reverse(prior, task, xt, 200, gens, steps=4, y=y, xhat=start, risk=0.01)
+        return D.reverse(prior, task, xt, 200, gens, steps=4, y=y, clue=task.clue(y, 1), xhat=start, risk=0.01)
 
     many = sample([5, 6, 7])
     for i in range(3):
@@ -1562,7 +1694,7 @@ def test_a_clean_photo_is_degraded_as_the_task_says(photo):
     assert task.noise.level in (0, D.find_noise(x).level) and task.sigma == task.noise.level
 
 @pytest.mark.parametrize("extra", [
-    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --observed",
+    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --no-clue", "--init dip --observed",
     "--init observed --task inpaint:0.8 --start 30", "--init noise --eta 1"])
 def test_sample(tmp_path, photo, priors, extra):
     ckpt = priors / ("none.pt" if "init noise" in extra else "dip.pt")
@@ -1687,16 +1819,21 @@ def test_sample_drowns_noise_that_is_not_white(tmp_path, priors, monkeypatch):
 # ---- 9. the commands
 
 def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, priors):
+    """Untold, the start rule and 20 calls; told, the level 0.6 and one call; flags go first."""
     prior = D.Prior(load(priors / "dip.pt"))
-    flags = ["sample", "--image", photo, "--steps", 1, "--samples", 1, "--ckpt", priors / "dip.pt",
-             "--out", tmp_path]
-    for extra in (["--start", 9], ["--start", "auto"], ["--init", "dip", *TINY]):
-        words = extra if "--init" in extra else ["--init", "observed", *extra]
-        assert run(*flags, *words) == 0
+    flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
+                                         ([], ["--start", 9], ["--start", "auto", "--no-clue", "--steps", 2],
+                                          ["--steps", 3])):
+        assert run(*flags, *init, *extra) == 0
         metrics = read_json(tmp_path / "metrics.json")
-        error = metrics["risk"] if "--init" in extra else (25 / 127.5) ** 2
-        rule = min(prior.schedule.start_t(error), prior.t_max)
+        told, given_steps = "--no-clue" not in extra, "--steps" in extra
+        error = metrics["risk"] if "dip" in init else (25 / 127.5) ** 2
+        rule = min(prior.schedule.start_t(0.36 if told else error), prior.t_max)
         assert metrics["t0"] == (9 if 9 in extra else rule)
+        assert metrics["nfe"] == (extra[-1] if given_steps else 1)
+    assert run(*flags, "--init", "observed", "--no-clue") == 0
+    assert read_json(tmp_path / "metrics.json")["nfe"] == 20
 
 @pytest.mark.parametrize("kind, mode", [("none.pt", "RGB"), ("grey/none.pt", "L")])
 def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode, monkeypatch):
@@ -1747,8 +1884,8 @@ def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypa
     D.to_image(smooth_image(channels=1)).save(photo)
     monkeypatch.setattr(D, "predict_x0", interrupt_at(call, D.predict_x0))
     flags = ["--image", photo, "--task", "superres:4", *(TINY if init == "dip" else [])]
-    assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--out",
-               tmp_path / "cut") == 130
+    assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--steps", 4,
+               "--out", tmp_path / "cut") == 130
     metrics = outputs(tmp_path / "cut", SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == call - 1
     if init == "dip":
@@ -2054,6 +2191,9 @@ fit-dip P --stop wmv --hold 0.3 -> --hold
 fit-dip P --stop fixed --tail 0.3 -> --tail
 sample --init observed P --iters 5 -> --iters
 sample --init observed P --no-guide -> --no-guide
+sample --init observed P --task denoise:25 --no-clue -> --no-clue
+sample --task inpaint:1 --no-clue -> --no-clue
+sample --init observed P --ckpt {p}/dip.pt --eta 0 -> --eta
 sample --init noise P --start 5 -> --start
 sample --init noise P --method dip -> --method
 sample --iters 5 -> --iters
@@ -2159,7 +2299,7 @@ def test_time_of_a_step():
     net, schedule = D.UNet().to(memory_format=torch.channels_last), D.NoiseSchedule()
     images = list(torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8))
     config = dict(lr=0.02, seed=0, batch=16, patch=48, t_max=1000, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.ones(1001))
+    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
     xt = torch.randn(4, 3, 128, 128)
     jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((128, 256), (32, 64)):
