@@ -519,7 +519,7 @@ class Prior(nn.Module):
 
     r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
     x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
-    images of which nothing (k = 0) or something (k = 1) is told: a mean over all that may be told.
+    images of which nothing (k = 0) or something (k = 1) is told, per value that is not known.
     """
     def __init__(self, state: dict):
         super().__init__()
@@ -631,18 +631,18 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of a
-    quarter of them nothing, of a quarter the means of blocks, of the rest what is around small or
-    large holes."""
+    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
+    of them nothing; of the others the means of blocks, or what is around small or large holes."""
     count, channels, _, side = x0.shape
     scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
     scale = scales[int(torch.randint(len(scales), (), generator=gen))]
     hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
-    tasks = [Task("nothing", mask=torch.zeros(1, 1, side, side)), Task("blocks", scale=scale),
+    nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
+    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
              random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    order = torch.randperm(4, generator=gen).tolist()       # in turn, whatever the batch size
+    order = torch.randperm(6, generator=gen).tolist()       # in turn, whatever the batch size
     clues = []
-    for k, part in zip(order, x0.split(math.ceil(count / 4))):
+    for k, part in zip(order, x0.split(math.ceil(count / 6))):
         clues.append(tasks[k].clue(tasks[k].forward(part), channels))
     return torch.cat(clues)
 
@@ -694,9 +694,11 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        losses = losses.detach()
+        # What the clue knows has no error: the loss of the rest is what `Prior` wants to know.
+        unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
+        rest = losses.detach() / unknown.clamp(min=0.01)
         before = state["eps_loss"][told, t]
-        newest = torch.where(before.isnan(), losses, before.lerp(losses, 0.2))
+        newest = torch.where(before.isnan(), rest, before.lerp(rest, 0.2))
         state["eps_loss"][told, t] = newest
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
@@ -1433,6 +1435,29 @@ def draw_curve(draw, places: list, color: str, dots: bool):
         elif not np.isnan(before + place).any():
             draw.line(before + place, color, 6)
 
+def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
+    """Rows (label, mean, low, high) as dots with their intervals, below each other, as a picture of
+    1,000 pixels; (label,) alone is a heading."""
+    numbers = [number for row in rows for number in row[1:]]
+    span, ticks, labels = axis_ticks(on_axis([0, *numbers], False), False)
+    left, right, top, bottom = 900, 1940, 110, 150 + 44 * len(rows)
+    page = Image.new("RGB", (2000, bottom + 110), "white")                  # drawn twice as large
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(26)
+    draw.text((30, 24), title, "black", ImageFont.load_default(30))
+    for x, label in zip(np.interp(ticks, span, (left, right)), labels):
+        color = "dimgrey" if label in ("0", "-0") else "#d8d8d8"
+        draw.line((x, top, x, bottom), color, 2)
+        draw.text((x, bottom + 8), label, "black", font, "ma")
+    draw.text(((left + right) / 2, bottom + 50), xlabel, "dimgrey", font, "ma")
+    for index, (label, *places) in enumerate(rows):
+        y = top + 40 + 44 * index
+        draw.text((30, y), label, "black" if places else COLORS[0], font, "lm")
+        if places:
+            mean, low, high = np.interp(places, span, (left, right))
+            draw.line((low, y, high, y), COLORS[0], 5)
+            draw.circle((mean, y), 9, COLORS[0])
+    return page.reduce(2)
+
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
@@ -1999,12 +2024,82 @@ def run_arm(argv: list, out: str) -> dict:
     run(args)
     return json.loads(read_text(path))
 
+def interval(differences: list) -> list:
+    """The mean of some differences, one for each photo, and its 95 % interval over photos, by
+    drawing them again and again (bootstrap)."""
+    differences = np.array(differences)
+    draws = np.random.default_rng(0).integers(len(differences), size=(20000, len(differences)))
+    means = differences[draws].mean(axis=1)
+    return [differences.mean(), *np.percentile(means, [2.5, 97.5])]
+
+def psnr_by_photo(rows: list, arm: str) -> dict:
+    """The PSNR of an arm on each photo, the mean over seeds."""
+    found = {}
+    for row in rows:
+        if row["arm"] == arm and row["psnr"] is not None:
+            found.setdefault(row["photo"], []).append(row["psnr"])
+    return {photo: np.mean(values) for photo, values in found.items()}
+
+def group_by(rows: list, name: str) -> dict:
+    """Rows by what stands in one of their columns, in order of appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+def over_first(rows: list) -> dict:
+    """What each arm has over the first of the same task: [mean, low, high] in dB."""
+    found = {}
+    for group in group_by(rows, "task").values():
+        first = psnr_by_photo(group, group[0]["arm"])
+        for arm in group_by(group, "arm"):
+            other = psnr_by_photo(group, arm)
+            differences = [other[photo] - first[photo] for photo in other if photo in first]
+            if differences:
+                found[arm] = interval(differences)
+    return found
+
+def curves_of(rows: list, column: str) -> list:
+    """PSNR against a column, means over photos and seeds. Arms that differ in numbers only are one
+    curve, a single arm is a dot."""
+    families = {}
+    for arm, group in group_by(rows, "arm").items():
+        group = [row for row in group if row.get(column) and row["psnr"]]
+        if group:
+            place = [np.mean([row[name] for row in group]) for name in (column, "psnr")]
+            families.setdefault(re.sub(r"\b[\d.]+\b", "N", arm), []).append(place)
+    curves = []
+    for name, places in families.items():
+        dot = "." if len(places) == 1 else ""
+        curves.append((dot + name, *zip(*sorted(places))))
+    return curves
+
+def draw_arms(args, rows: list):
+    """The gains over the first arm of each task as dots, PSNR against seconds and calls as curves."""
+    gains, dots = over_first(rows), []
+    for task, group in group_by(rows, "task").items():
+        dots.append((f"{task}: over the first",))
+        for arm in group_by(group, "arm"):
+            if arm in gains:
+                dots.append((arm.replace(f"--task {task}", "")[:64], *gains[arm]))
+        for column, label in (("seconds", "seconds"), ("nfe", "calls of the DDPM")):
+            curves = curves_of(group, column)
+            if curves:
+                chart = plot(curves, f"{task}: PSNR, mean over photos", label, "dB", xlog=True)
+                save(os.path.join(args.out, f"{column}-{folder_name(task)}.png"), chart)
+    if gains:
+        chart = dot_plot("PSNR, with 95 % intervals over photos", "dB", dots)
+        save(os.path.join(args.out, "arms.png"), chart)
+
 def markdown(rows: list) -> str:
     """A table of the means of each arm over photos and seeds."""
-    lines = [["arm", "n", *COLUMNS]]
+    lines = [["arm", "n", "over the first", *COLUMNS]]
+    gains = over_first(rows)
     for arm in dict.fromkeys(row["arm"] for row in rows):
         group = [row for row in rows if row["arm"] == arm]
-        line = [arm, str(len(group))]
+        line = [arm, str(len(group)), ""]
+        if arm in gains:
+            line[2] = "{:.2f} ({:.2f} to {:.2f})".format(*gains[arm])
         for column in COLUMNS:
             values = [row[column] for row in group if row.get(column) is not None]
             line.append(f"{np.mean(values):.3f}" if values else "")
@@ -2092,6 +2187,7 @@ def cmd_evaluate(args):
             bad.append(f"{name}: {arm}")
     if rows:
         save(os.path.join(args.out, f"{args.suite}.csv"), rows)
+        draw_arms(args, rows)
         say(markdown(rows))
     if args.held and rows:
         compare_sets(args, network, held, results)
