@@ -2098,7 +2098,7 @@ def test_evaluate_draws_what_it_measured(tmp_path):
     D.draw_arms(args, table_rows()[-1:])                            # without a clean photo: nothing
 
 def test_a_dot_stands_at_its_mean_and_its_line_ends_at_the_interval():
-    page = np.asarray(D.dot_plot("title", "dB", [("heading",), ("zero", 0, 0, 0), ("one", 1, 0.5, 2)]))
+    page = np.asarray(D.dot_plot("title", "dB", [("heading",), ("zero", 0, 0, 0), ("one", 1, 0.5, 2)]), int)
     blue = (page[..., 2] > page[..., 0] + 60) & (np.arange(page.shape[1]) > 440)
     rows = np.flatnonzero(blue.any(axis=1))
     first, second = [np.flatnonzero(blue[rows[part]].any(axis=0)) for part in (slice(0, 8), slice(-8, None))]
