@@ -294,10 +294,12 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
-    def clue(self, y: Tensor, channels: int) -> Tensor:
-        """What a DDPM is told of y: the first guess of x, and the share of each pixel that y knows,
-        which is the diagonal of A^+ A. N x (channels + 1) x H x W."""
-        guess = self.interpolate(y).expand(-1, channels, -1, -1)
+    def clue(self, y: Tensor, channels: int, guess: Tensor | None = None) -> Tensor:
+        """What a DDPM is told of y: a guess of x, the interpolation if none is given, and the share
+        of each pixel that y knows, the diagonal of A^+ A. N x (channels + 1) x H x W."""
+        if guess is None:
+            guess = self.interpolate(y)
+        guess = guess.expand(-1, channels, -1, -1)
         share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
@@ -917,6 +919,14 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
+def best_share(judge, first: Tensor, second: Tensor) -> float:
+    """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it."""
+    r0 = judge(first)
+    r1 = judge(second)
+    curvature = 2 * (r0 + r1 - 2 * judge((first + second) / 2))
+    slope = r1 - r0 - curvature         # R(share) = r0 + slope share + curvature share^2
+    return min(max(-slope / max(2 * curvature, 1e-12), 0.0), 1.0)
+
 class MovingVariance:
     """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
     exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
@@ -1113,13 +1123,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         if number > 0 and paired and judge and judge(mean_image(blind)) > judge(start):
             answers.pop()               # R says that this network makes the answer worse
             blind.pop()
-    if o.method == "staged" and task.scale > 1:
-        # Their errors and the interpolation's differ, and R sees too little to weigh the two.
-        answers = [mean_image(answers), task.interpolate(y)]
-        blind = [mean_image(blind), guess]
-    if judge:
-        found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
+    unseen = mean_image(blind)
+    if o.method == "staged" and task.sigma == 0:
+        # Their errors and the interpolation's differ: a mean of the two is better than either.
+        share = 0.5                     # for superres R sees too little to weigh them
+        if task.scale == 1 and judge:
+            share = best_share(judge, guess, unseen)
+        answer = task.interpolate(y).lerp(answer, share)
+        unseen = guess.lerp(unseen, share)
+    if judge:
+        found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
         answer = give_back(answer, y, task.noise.level_at(answer))
     found["answer"] = found["average"] = answer
@@ -1487,7 +1501,7 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
-DIP_START = 0.6     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
+DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1779,8 +1793,7 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
-    if told:
-        join["clue"] = task.clue(y, prior.channels)
+    guess = None
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
@@ -1789,8 +1802,12 @@ def cmd_sample(args):
         metrics["psnr_dip"], _ = quality(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
-        if not args.no_guide:
+        if told and task.scale == 1 and not args.no_guide:
+            guess = start               # the DDPM sees it: it need not be weighed in as well
+        elif not args.no_guide:
             join.update(xhat=start, risk=risk)
+    if told:
+        join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
@@ -2244,7 +2261,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_settings(command)
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 0.6")
+    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 2")
     add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
@@ -2253,7 +2270,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
-    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 172)")
+    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")

@@ -1296,6 +1296,51 @@ def test_noise_init_begins_at_the_interpolation_where_it_is_told_of_it(scale, ma
     assert (told - task.interpolate(y)).abs().max() < 0.01
     assert D.reverse(prior, task, xt, 1000, gens, steps=1).abs().max() < 0.02
 
+def test_the_share_of_an_estimate_is_that_of_least_squares():
+    """R of (1 - share) first + share second, least at the projection of the truth, within 0..1."""
+    gen = torch.Generator().manual_seed(3)
+    x, first, second = torch.randn(3, 1, 1, 20, 20, generator=gen)
+    def share(v):
+        return D.best_share(lambda xhat: ((xhat - x) ** 2).mean().item() - 7.0, first, v)      # R up to a constant
+    step = second - first
+    want = ((x - first) * step).mean() / (step ** 2).mean()
+    assert 0.1 < want < 0.9 and share(second) == pytest.approx(want.item(), rel=1e-4)
+    assert share(x) == pytest.approx(1, rel=1e-4) and share(2 * first - x) == 0
+    assert share(first + 0.1 * (x - first)) == 1 and share(first) == 0
+
+def test_fit_dip_mixes_with_the_interpolation_by_r():
+    """What is held out lies on a ramp, which interpolation knows and four steps of a network do not."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
+    task = D.Task("inpaint", mask=(torch.rand(1, 1, 32, 32) < 0.5).float())
+    y = task.forward(x)
+    last = list(D.fit_dip(y, task, iters=4, rungs=2, width=8, depth=2, nets=1))[-1]
+    guess = task.interpolate(y)
+    assert ((last.answer - x) ** 2).mean() < 1.05 * ((guess - x) ** 2).mean()
+    assert torch.equal(task.forward(last.answer), y)
+
+@pytest.mark.parametrize("words, told", [
+    ([], True), (["--no-guide"], False), (["--task", "superres:2"], False)])
+def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told):
+    """Where R sees pixels; elsewhere it is told the interpolation, and the DIP is weighed in by R."""
+    clues, joins, original = [], [], D.reverse
+    def spy(*args, **flags):
+        clues.append(flags["clue"])
+        joins.append(flags.get("xhat"))
+        return original(*args, **flags)
+    monkeypatch.setattr(D, "reverse", spy)
+    monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
+    flags = ["sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    if "--task" not in words:
+        flags += ["--task", "inpaint:0.5"]
+    _, y, task = observed(*flags, *words)
+    assert run(*flags, *words) == 0
+    guess = clues[0][:, :3]
+    assert torch.equal(guess, task.interpolate(y)) != told
+    assert (joins[0] is not None) == ("superres:2" in words)
+    if told:
+        assert torch.equal(task.forward(guess), y)
+
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
     prior, start = make_prior(shaken(D.UNet(1, width=8))), smooth_image(16, 1)
@@ -1822,7 +1867,7 @@ def test_sample_drowns_noise_that_is_not_white(tmp_path, priors, monkeypatch):
 # ---- 9. the commands
 
 def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, priors):
-    """Untold, the start rule and 20 calls; told, the level 0.6 and one call; flags go first."""
+    """Untold, the start rule and 20 calls; told, the level 2 and one call; flags go first."""
     prior = D.Prior(load(priors / "dip.pt"))
     flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
@@ -1832,7 +1877,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
         metrics = read_json(tmp_path / "metrics.json")
         told, given_steps = "--no-clue" not in extra, "--steps" in extra
         error = metrics["risk"] if "dip" in init else (25 / 127.5) ** 2
-        rule = min(prior.schedule.start_t(0.36 if told else error), prior.t_max)
+        rule = min(prior.schedule.start_t(4.0 if told else error), prior.t_max)
         assert metrics["t0"] == (9 if 9 in extra else rule)
         assert metrics["nfe"] == (extra[-1] if given_steps else 1)
     assert run(*flags, "--init", "observed", "--no-clue") == 0
@@ -1927,7 +1972,7 @@ def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, default_prior
     for _ in range(2):
         assert run(*SAMPLE, photo) == 0
     assert default_prior == [("dip", False)]
-    assert load(tmp_path / "runs" / "train" / "dip.pt")["config"]["t_max"] == 172
+    assert load(tmp_path / "runs" / "train" / "dip.pt")["config"]["t_max"] == 397
 
 def test_an_interrupted_default_prior_is_resumed(tmp_path, photo, default_prior, monkeypatch):
     assert run(*SAMPLE, photo) == 0
