@@ -919,6 +919,13 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
+def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
+    """How much a fit counts in its mean with the interpolation, whose errors are others. For
+    superres, where R sees too little to weigh the two, they count alike."""
+    if task.scale > 1 or judge is None:
+        return 0.5
+    return best_share(judge, guess, unseen)
+
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it."""
     r0 = judge(first)
@@ -1126,10 +1133,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     answer = mean_image(answers)
     unseen = mean_image(blind)
     if o.method == "staged" and task.sigma == 0:
-        # Their errors and the interpolation's differ: a mean of the two is better than either.
-        share = 0.5                     # for superres R sees too little to weigh them
-        if task.scale == 1 and judge:
-            share = best_share(judge, guess, unseen)
+        share = share_of_fit(task, guess, unseen, judge)
         answer = task.interpolate(y).lerp(answer, share)
         unseen = guess.lerp(unseen, share)
     if judge:
@@ -1140,12 +1144,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and at each call
-# its x_0 and that estimate are averaged by precision. Two things can mend the start: what the DDPM
-# knows of photos, and what it is told of this one (Task.clue). If it is told nothing it begins
-# where the noise just hides the DIP's error, and needs some twenty calls in place of hundreds. If
-# it is told y it begins with more noise, and its first call is its answer. To run it:
-# `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. What it knows of
+# photos mends the start, in one of three ways. If it is told nothing of this photo, it begins where
+# the noise just hides the DIP's error, needs some twenty calls in place of hundreds, and at each of
+# them its x_0 and the DIP's estimate are averaged by precision. If it is told y, it begins with more
+# noise, and its first call is its answer. And where R has seen pixels, as with holes, the DIP is the
+# guess that it is told. To run it: `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1826,15 +1830,19 @@ def cmd_sample(args):
         mean = give_back(mean, y, task.noise.level_at(mean))
     if metrics["interrupted"]:
         panels.append(("start", start))
-    elif task.mask.any():
-        panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
-    else:                               # nothing is known: the samples are pictures of their own
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
+    else:
+        panels += sample_panels(args, task, samples, mean)
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
+
+def sample_panels(args, task: Task, samples: Tensor, mean: Tensor) -> list:
+    """What a figure shows of samples: one and their mean, or, where nothing is known, each."""
+    if task.mask.any():
+        return [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
+    return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
 
 def sampling_curve(rows: list) -> Image.Image:
     """PSNR of the predicted x_0 against network calls."""
