@@ -920,11 +920,11 @@ def mean_image(images: list[Tensor]) -> Tensor:
     return sum(images) / len(images)
 
 def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
-    """How much a fit counts in its mean with the interpolation, whose errors are others. For
-    superres, where R sees too little to weigh the two, they count alike."""
-    if task.scale > 1 or judge is None:
+    """How much a fit counts in its mean with the interpolation, whose errors are others: what R
+    says; for superres, where R sees too little, a half."""
+    if task.scale > 1:
         return 0.5
-    return best_share(judge, guess, unseen)
+    return best_share(judge, guess, unseen) if judge else 1.0
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it."""
