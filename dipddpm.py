@@ -927,12 +927,18 @@ def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
     return best_share(judge, guess, unseen) if judge else 1.0
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
-    """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it."""
+    """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it.
+
+    All, unless R falls by a fifth: R has an error of its own, and the second may have more to learn.
+    """
     r0 = judge(first)
     r1 = judge(second)
     curvature = 2 * (r0 + r1 - 2 * judge((first + second) / 2))
     slope = r1 - r0 - curvature         # R(share) = r0 + slope share + curvature share^2
-    return min(max(-slope / max(2 * curvature, 1e-12), 0.0), 1.0)
+    share = min(max(-slope / max(2 * curvature, 1e-12), 0.0), 1.0)
+    if r0 + slope * share + curvature * share ** 2 > 0.8 * r1:
+        return 1.0
+    return share
 
 class MovingVariance:
     """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
@@ -1587,7 +1593,8 @@ def observe(args) -> tuple:
             fail("--mask: all is known, or nothing; white = known pixels, black = missing")
     elif name == "inpaint":
         if value is None or args.observed:
-            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels")
+            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels; "
+                 "to enlarge a photo say --task superres:4")
         task.mask = (torch.rand((1, 1, *size), generator=gen) >= value).to(image)
         if not task.mask.any() and args.init != "noise":
             fail("--task: no pixel is known; give a smaller share, as in inpaint:0.8")
@@ -2256,7 +2263,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="tables; every row is a command line")
     share, whole = partial(in_range, float, 0), partial(in_range, int, 1)
     fit.set_defaults(init=None, start=None)
-    for command, task in ((fit, "denoise:25"), (sample, "superres:4")):
+    for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
         add("--task", default=task, help=f"{TASKS} ({task})")
