@@ -1747,7 +1747,7 @@ def test_a_clean_photo_is_degraded_as_the_task_says(photo):
     assert task.noise.level in (0, D.find_noise(x).level) and task.sigma == task.noise.level
 
 @pytest.mark.parametrize("extra", [
-    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --no-clue", "--init dip --observed",
+    "--init dip", "--init dip --task denoise:25", "--init dip --no-guide", "--init dip --no-clue", "--init dip --observed --task superres:4",
     "--init observed --task inpaint:0.8 --start 30", "--init noise --eta 1"])
 def test_sample(tmp_path, photo, priors, extra):
     ckpt = priors / ("none.pt" if "init noise" in extra else "dip.pt")
@@ -2268,7 +2268,7 @@ sample --init dip P --ckpt list.pt -> --ckpt
 sample --init dip P --ckpt {p}/grey/none.pt -> --ckpt
 sample --init noise P --ckpt {p}/dip.pt -> --ckpt
 sample --init dip P --start 0 -> --start
-sample --init dip P --ckpt {p}/dip.pt --start 173 -> --start
+sample --init dip P --ckpt {p}/dip.pt --start 398 -> --start
 sample --init dip P --eta 2 -> --eta
 fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
