@@ -235,8 +235,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 def guess_spread(clue: Tensor) -> Tensor:
-    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation, or of
-    grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation (a DIP's
+    is taken to be the same), or of grey where a clue, N x (C + 1) x H x W, tells nothing."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(told, 0.15, 0.5)
 
@@ -512,9 +512,9 @@ def hole_side(mask: Tensor) -> int:
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
-# at a time. Of most images it is told something, too: a part of the pixels, or the means of blocks.
-# So one network draws pictures from nothing, and completes what is known of a picture. To run it:
-# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# at a time. Of half of the images it is told something, too: some of the pixels, or the means of
+# blocks. So one network draws pictures from nothing, and completes what is known of a picture. To
+# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -696,7 +696,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        # What the clue knows has no error: the loss of the rest is what `Prior` wants to know.
+        # Known pixels have no error, and known means little: `Prior` wants the loss of the rest.
         unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
         rest = losses.detach() / unknown.clamp(min=0.01)
         before = state["eps_loss"][told, t]
@@ -921,7 +921,7 @@ def mean_image(images: list[Tensor]) -> Tensor:
 
 def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
     """How much a fit counts in its mean with the interpolation, whose errors are others: what R
-    says; for superres, where R sees too little, a half."""
+    says; for superres, where R sees too little, a half; all of it, where nothing judges."""
     if task.scale > 1:
         return 0.5
     return best_share(judge, guess, unseen) if judge else 1.0
@@ -929,16 +929,14 @@ def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it.
 
-    All, unless R falls by a fifth: R has an error of its own, and the second may have more to learn.
+    All, unless R falls by a fifth: R has an error, and the second may still have more to learn.
     """
     r0 = judge(first)
     r1 = judge(second)
-    curvature = 2 * (r0 + r1 - 2 * judge((first + second) / 2))
-    slope = r1 - r0 - curvature         # R(share) = r0 + slope share + curvature share^2
-    share = min(max(-slope / max(2 * curvature, 1e-12), 0.0), 1.0)
-    if r0 + slope * share + curvature * share ** 2 > 0.8 * r1:
-        return 1.0
-    return share
+    apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)     # mean square of first - second
+    share = min(max(0.5 + (r0 - r1) / max(2 * apart, 1e-12), 0.0), 1.0)
+    mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
+    return share if mixed <= 0.8 * r1 else 1.0
 
 class MovingVariance:
     """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
@@ -1097,7 +1095,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
     settings: the fields of Settings. With stop 'holdout' each network first sees its part of the
     split; then, from the weights of its best stage on, the last rungs with all of y. prior: a
-    trained DDPM, for adapt and guide. FloatingPointError: a loss that is not finite.
+    trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed with the
+    interpolation (`share_of_fit`). FloatingPointError: a loss that is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1150,12 +1149,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. What it knows of
-# photos mends the start, in one of three ways. If it is told nothing of this photo, it begins where
-# the noise just hides the DIP's error, needs some twenty calls in place of hundreds, and at each of
-# them its x_0 and the DIP's estimate are averaged by precision. If it is told y, it begins with more
-# noise, and its first call is its answer. And where R has seen pixels, as with holes, the DIP is the
-# guess that it is told. To run it: `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
+# nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
+# calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
+# counts, and its first call is its answer. So the DIP comes in a second time: where R has seen
+# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
+# DDPM's x_0 are averaged by precision at each call. To run it: `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1360,7 +1359,7 @@ def find_photos(folder: str, flag: str) -> list:
     """Sorted paths of the pictures in a folder and below it, but not of what this file wrote."""
     found = []
     for place, folders, files in os.walk(folder):       # It follows no links, hence no circles.
-        if "metrics.json" not in files:
+        if not {"metrics.json", "arms.png"} & set(files):
             found += [os.path.join(place, name) for name in files if name.lower().endswith(ENDINGS)]
         folders[:] = [name for name in folders if name != "runs" and name[0] != "."]
     if not found:
@@ -1446,9 +1445,12 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         color = COLORS[index % len(COLORS)]
         y = 1026 + 44 * index
         draw.line((60, y, 150, y), color, 8)
-        draw.text((170, y), name.lstrip("."), "black", font, "lm")
+        draw.text((170, y), f"{index + 1}   {name.lstrip('.')}", "black", font, "lm")
         places = np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)
-        draw_curve(draw, np.stack(places, axis=1).tolist(), color, dots=name[0] == ".")
+        places = np.stack(places, axis=1).tolist()
+        draw_curve(draw, places, color, dots=name[0] == ".")
+        if len(places) == 1:            # there are more dots than colours
+            draw.text((places[0][0] + 14, places[0][1]), str(index + 1), color, font, "lm")
     return page.reduce(2)
 
 def draw_curve(draw, places: list, color: str, dots: bool):
@@ -1469,7 +1471,7 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(26)
     draw.text((30, 24), title, "black", ImageFont.load_default(30))
     for x, label in zip(np.interp(ticks, span, (left, right)), labels):
-        color = "dimgrey" if label in ("0", "-0") else "#d8d8d8"
+        color = "dimgrey" if label == "0" else "#d8d8d8"
         draw.line((x, top, x, bottom), color, 2)
         draw.text((x, bottom + 8), label, "black", font, "ma")
     draw.text(((left + right) / 2, bottom + 50), xlabel, "dimgrey", font, "ma")
@@ -1478,7 +1480,8 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
         draw.text((30, y), label, "black" if places else COLORS[0], font, "lm")
         if places:
             mean, low, high = np.interp(places, span, (left, right))
-            draw.line((low, y, high, y), COLORS[0], 5)
+            if low < high:
+                draw.line((low, y, high, y), COLORS[0], 5)
             draw.circle((mean, y), 9, COLORS[0])
     return page.reduce(2)
 
@@ -1811,9 +1814,11 @@ def cmd_sample(args):
         noise = 0.0
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        if not math.isnan(stage.risk):
+        judged = not math.isnan(stage.risk)
+        if judged:
             risk = stage.risk
-        if told and task.scale == 1 and not args.no_guide:
+        whole = judged and not metrics["interrupted"]       # then R has weighed it
+        if told and task.scale == 1 and whole and not args.no_guide:
             guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
@@ -2007,7 +2012,7 @@ def training_curves(rows: list, loss: list) -> Image.Image:
     label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
     ts = list(range(1, len(loss[0]) + 1))
-    by_t = [("nothing told", ts, loss[0]), ("told what an observation knows", ts, loss[1])]
+    by_t = [("nothing told", ts, loss[0]), ("told, by value that is not known", ts, loss[1])]
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
               plot(by_t, "Loss by t, running mean", "t", label, ylog=True)]
     return Image.fromarray(np.vstack(charts))
@@ -2060,17 +2065,11 @@ def interval(differences: list) -> list:
     """The mean of some differences, one for each photo, and its 95 % interval over photos, by
     drawing them again and again (bootstrap)."""
     differences = np.array(differences)
+    if len(differences) < 2:
+        return [differences.mean(), math.nan, math.nan]
     draws = np.random.default_rng(0).integers(len(differences), size=(20000, len(differences)))
     means = differences[draws].mean(axis=1)
     return [differences.mean(), *np.percentile(means, [2.5, 97.5])]
-
-def psnr_by_photo(rows: list, arm: str) -> dict:
-    """The PSNR of an arm on each photo, the mean over seeds."""
-    found = {}
-    for row in rows:
-        if row["arm"] == arm and row["psnr"] is not None:
-            found.setdefault(row["photo"], []).append(row["psnr"])
-    return {photo: np.mean(values) for photo, values in found.items()}
 
 def group_by(rows: list, name: str) -> dict:
     """Rows by what stands in one of their columns, in order of appearance."""
@@ -2079,13 +2078,20 @@ def group_by(rows: list, name: str) -> dict:
         groups.setdefault(row[name], []).append(row)
     return groups
 
+def psnr_by_photo(rows: list) -> dict:
+    """The PSNR on each photo, the mean over seeds, where the clean photo is known."""
+    rows = [row for row in rows if row["psnr"] is not None]
+    photos = group_by(rows, "photo")
+    return {photo: np.mean([row["psnr"] for row in own]) for photo, own in photos.items()}
+
 def over_first(rows: list) -> dict:
     """What each arm has over the first of the same task: [mean, low, high] in dB."""
     found = {}
     for group in group_by(rows, "task").values():
-        first = psnr_by_photo(group, group[0]["arm"])
-        for arm in group_by(group, "arm"):
-            other = psnr_by_photo(group, arm)
+        arms = group_by(group, "arm")
+        first = psnr_by_photo(arms[group[0]["arm"]])
+        for arm, own in arms.items():
+            other = psnr_by_photo(own)
             differences = [other[photo] - first[photo] for photo in other if photo in first]
             if differences:
                 found[arm] = interval(differences)
@@ -2096,24 +2102,26 @@ def curves_of(rows: list, column: str) -> list:
     curve, a single arm is a dot."""
     families = {}
     for arm, group in group_by(rows, "arm").items():
-        group = [row for row in group if row.get(column) and row["psnr"]]
+        group = [row for row in group if row.get(column) and row["psnr"] is not None]
         if group:
             place = [np.mean([row[name] for row in group]) for name in (column, "psnr")]
-            families.setdefault(re.sub(r"\b[\d.]+\b", "N", arm), []).append(place)
+            family = re.sub(r"(?<=[ :])[\d.]+(?= |$)", "N", arm)
+            families.setdefault(family, []).append(place)
     curves = []
     for name, places in families.items():
         dot = "." if len(places) == 1 else ""
         curves.append((dot + name, *zip(*sorted(places))))
     return curves
 
-def draw_arms(args, rows: list):
-    """The gains over the first arm of each task as dots, PSNR against seconds and calls as curves."""
-    gains, dots = over_first(rows), []
+def draw_arms(args, rows: list, gains: dict):
+    """What arms have over the first of their task, as dots; PSNR against seconds and calls."""
+    dots = []
     for task, group in group_by(rows, "task").items():
-        dots.append((f"{task}: over the first",))
+        dots.append((f"{task}: over {group[0]['arm']}"[:64],))
         for arm in group_by(group, "arm"):
             if arm in gains:
-                dots.append((arm.replace(f"--task {task}", "")[:64], *gains[arm]))
+                label = " ".join(arm.replace(f"--task {task}", "").split())
+                dots.append((label[-64:], *gains[arm]))
         for column, label in (("seconds", "seconds"), ("nfe", "calls of the DDPM")):
             curves = curves_of(group, column)
             if curves:
@@ -2123,15 +2131,17 @@ def draw_arms(args, rows: list):
         chart = dot_plot("PSNR, with 95 % intervals over photos", "dB", dots)
         save(os.path.join(args.out, "arms.png"), chart)
 
-def markdown(rows: list) -> str:
-    """A table of the means of each arm over photos and seeds."""
+def markdown(rows: list, gains: dict) -> str:
+    """A table of the means of each arm over photos and seeds, and what it has over the first of
+    its task, in dB, with its interval."""
     lines = [["arm", "n", "over the first", *COLUMNS]]
-    gains = over_first(rows)
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        group = [row for row in rows if row["arm"] == arm]
+    for arm, group in group_by(rows, "arm").items():
         line = [arm, str(len(group)), ""]
         if arm in gains:
-            line[2] = "{:.2f} ({:.2f} to {:.2f})".format(*gains[arm])
+            mean, low, high = gains[arm]
+            line[2] = f"{mean:.2f}"
+            if low < high:
+                line[2] += f" ({low:.2f} to {high:.2f})"
         for column in COLUMNS:
             values = [row[column] for row in group if row.get(column) is not None]
             line.append(f"{np.mean(values):.3f}" if values else "")
@@ -2219,8 +2229,9 @@ def cmd_evaluate(args):
             bad.append(f"{name}: {arm}")
     if rows:
         save(os.path.join(args.out, f"{args.suite}.csv"), rows)
-        draw_arms(args, rows)
-        say(markdown(rows))
+        gains = over_first(rows)
+        say(markdown(rows, gains))
+        draw_arms(args, rows, gains)
     if args.held and rows:
         compare_sets(args, network, held, results)
     if bad:
@@ -2280,7 +2291,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
-    add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
+    add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")

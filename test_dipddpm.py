@@ -964,7 +964,8 @@ def each_network(stages):
 SMALL = dict(iters=24, rungs=12, width=8, depth=2)
 
 @pytest.mark.parametrize("task", [NOISY, HOLES], ids=["noise", "holes"])
-def test_the_answer_of_two_networks_is_the_mean_of_their_own(task):
+def test_the_answer_of_two_networks_is_the_mean_of_their_own(task, monkeypatch):
+    monkeypatch.setattr(D, "best_share", lambda *images: 1.0)
     x = smooth_image(12)
     y = task.forward(with_noise(x, task.sigma))
     stages = list(D.fit_dip(y, task, nets=2, **SMALL))
@@ -993,6 +994,7 @@ def test_a_network_that_raises_the_risk_is_left_out(monkeypatch):
             spoil = 0.5 if self is not begun[0] else 0.0
             yield replace(stage, average=stage.average + spoil)
     x = smooth_image(12)
+    monkeypatch.setattr(D, "best_share", lambda *images: 1.0)
     for task, left_out in ((HOLES, True), (NOISY, False)):
         y = task.forward(with_noise(x, task.sigma))
         *_, first = D.fit_dip(y, task, nets=1, **SMALL)
@@ -1313,27 +1315,42 @@ def test_the_share_of_an_estimate_is_that_of_least_squares():
     best = min(mse(first.lerp(near, k / 100)) for k in range(101))
     assert 0.8 * mse(near) < best < mse(near) and share(near) == 1
 
-def test_fit_dip_mixes_with_the_interpolation_by_r():
-    """What is held out lies on a ramp, which interpolation knows and four steps of a network do not."""
+def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
+    """By the share that R finds; the R that comes with the answer is that of the mean, too."""
     torch.manual_seed(0)
-    x = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
+    x = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)              # interpolation knows it
     task = D.Task("inpaint", mask=(torch.rand(1, 1, 32, 32) < 0.5).float())
     y = task.forward(x)
-    last = list(D.fit_dip(y, task, iters=4, rungs=2, width=8, depth=2, nets=1))[-1]
+    how = dict(iters=4, rungs=2, width=8, depth=2, nets=1, tail=0.0)
     guess = task.interpolate(y)
+    last = list(D.fit_dip(y, task, **how))[-1]
     assert ((last.answer - x) ** 2).mean() < 1.05 * ((guess - x) ** 2).mean()
-    assert torch.equal(task.forward(last.answer), y)
+    monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
+    *stages, last = D.fit_dip(y, task, **how)
+    assert torch.allclose(last.answer, guess.lerp(stages[-1].answer, 0.7))
+    assert torch.allclose(task.forward(last.answer), y, atol=1e-6)
+    seen, seen_task, judge = D.hold_out(y, task, D.stream(0, D.FIT))
+    best = min(stages, key=lambda stage: stage.scores["holdout"])
+    want = judge(seen_task.interpolate(seen).lerp(best.average, 0.7))
+    assert last.risk == pytest.approx(want, rel=1e-5)
 
-@pytest.mark.parametrize("words, told", [
-    ([], True), (["--no-guide"], False), (["--task", "superres:2"], False)])
-def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told):
-    """Where R sees pixels; elsewhere it is told the interpolation, and the DIP is weighed in by R."""
+@pytest.mark.parametrize("words, told, joined", [
+    ([], True, False), (["--no-guide"], False, False), (["--task", "superres:2"], False, True),
+    (["--stop", "fixed"], False, True)])
+def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined):
+    """Where R saw pixels; elsewhere it is told the interpolation, and the DIP is weighed in."""
     clues, joins, original = [], [], D.reverse
     def spy(*args, **flags):
         clues.append(flags["clue"])
         joins.append(flags.get("xhat"))
         return original(*args, **flags)
+    answers, fit = [], D.fit_dip
+    def spy_fit(*args, **flags):
+        for stage in fit(*args, **flags):
+            answers.append(stage.answer)
+            yield stage
     monkeypatch.setattr(D, "reverse", spy)
+    monkeypatch.setattr(D, "fit_dip", spy_fit)
     monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
     flags = ["sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     if "--task" not in words:
@@ -1341,10 +1358,8 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
     _, y, task = observed(*flags, *words)
     assert run(*flags, *words) == 0
     guess = clues[0][:, :3]
-    assert torch.equal(guess, task.interpolate(y)) != told
-    assert (joins[0] is not None) == ("superres:2" in words)
-    if told:
-        assert torch.equal(task.forward(guess), y)
+    assert torch.equal(guess, answers[-1] if told else task.interpolate(y))
+    assert (joins[0] is not None) == joined and not torch.equal(answers[-1], task.interpolate(y))
 
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
@@ -1544,7 +1559,7 @@ def test_saving_rounds_and_clamps():
 def test_find_photos(tmp_path, capsys):
     wanted = ["a.PNG", "b.jpeg", "deep/c.webp", "deep/er/d.tiff", "e.pgm", "f.gif", "g [1].avif"]
     unwanted = ["notes.txt", "h.pdf", "i.eps", "j.h5", ".git/l.png", "runs/m.png", "out/n.png",
-                "deep/runs/x/p.png", "noend", "out/metrics.json"]
+                "deep/runs/x/p.png", "noend", "out/metrics.json", "res/arms.png", "res/seconds-x.png"]
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -2119,11 +2134,15 @@ def table_rows():
     return rows + [rows[0] | dict(arm="d", task="V", psnr=None)]
 
 def test_markdown_means_over_photos_and_seeds():
-    assert D.markdown(table_rows()).splitlines() == [
+    rows = table_rows() + [row | dict(arm="e", psnr=row["psnr"] + 1) for row in table_rows()[:4]]
+    assert D.markdown(rows, D.over_first(rows)).splitlines() == [
         "| arm | n | over the first | psnr | ssim | seconds | nfe |", "|" + " --- |" * 7,
-        "| a --iters 5 | 4 | 0.00 (0.00 to 0.00) | 32.500 |  | 1.000 |  |",
-        "| b | 1 | -0.50 (-0.50 to -0.50) | 30.500 | 0.500 | 3.000 | 20.000 |",
-        "| c | 1 | 0.00 (0.00 to 0.00) | 20.000 |  | 1.000 |  |", "| d | 1 |  |  |  | 1.000 |  |"]
+        "| a --iters 5 | 4 | 0.00 | 32.500 |  | 1.000 |  |",
+        "| b | 1 | -0.50 | 30.500 | 0.500 | 3.000 | 20.000 |",
+        "| c | 1 | 0.00 | 20.000 |  | 1.000 |  |", "| d | 1 |  |  |  | 1.000 |  |",
+        "| e | 4 | 1.00 | 33.500 |  | 1.000 |  |"]
+    rows[-1]["psnr"] += 2                                           # one photo gains 2, the other 1
+    assert "| e | 4 | 1.50 (1.00 to 2.00) |" in D.markdown(rows, D.over_first(rows))
 
 def test_an_interval_is_that_of_the_mean():
     """Of many differences it is the normal distribution's; of one there is none."""
@@ -2132,20 +2151,24 @@ def test_an_interval_is_that_of_the_mean():
     assert mean == pytest.approx(differences.mean())
     half = 1.96 * differences.std() / 20
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.03 * half)
-    assert D.interval([1.5]) == [1.5, 1.5, 1.5]
+    assert D.interval([1.5])[0] == 1.5 and math.isnan(D.interval([1.5])[1])
 
 def test_arms_that_differ_in_numbers_are_one_curve():
     rows = table_rows() + [table_rows()[0] | dict(arm="a --iters 10", psnr=36.0, seconds=0.5)]
     of_task = [row for row in rows if row["task"] == "T"]
     assert D.curves_of(of_task, "seconds") == [("a --iters N", (0.5, 1.0), (36.0, 32.5)), (".b", (3.0,), (30.5,))]
     assert D.curves_of(of_task, "nfe") == [(".b", (20.0,), (30.5,))]
+    rows = [rows[0] | dict(arm=f"a --task superres:{k} --ckpt r2/none.pt", psnr=30.0 + k) for k in (2, 4)]
+    assert [name for name, *_ in D.curves_of(rows, "seconds")] == ["a --task superres:N --ckpt r2/none.pt"]
 
 def test_evaluate_draws_what_it_measured(tmp_path):
     args = D.parse(["evaluate", "--out", str(tmp_path)])
-    D.draw_arms(args, table_rows())
+    D.draw_arms(args, table_rows(), D.over_first(table_rows()))
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
         "arms.png", "nfe", "seconds", "seconds"]
-    D.draw_arms(args, table_rows()[-1:])                            # without a clean photo: nothing
+    args.out = str(tmp_path / "none")
+    D.draw_arms(args, table_rows()[-1:], {})                        # without a clean photo: nothing
+    assert not (tmp_path / "none").exists()
 
 def test_a_dot_stands_at_its_mean_and_its_line_ends_at_the_interval():
     page = np.asarray(D.dot_plot("title", "dB", [("heading",), ("zero", 0, 0, 0), ("one", 1, 0.5, 2)]), int)
