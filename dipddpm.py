@@ -1468,7 +1468,7 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     span, ticks, labels = axis_ticks(on_axis([0, *numbers], False), False)
     left, right, top, bottom = 900, 1940, 110, 150 + 44 * len(rows)
     page = Image.new("RGB", (2000, bottom + 110), "white")                  # drawn twice as large
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(26)
+    draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(26), ImageFont.load_default(21)
     draw.text((30, 24), title, "black", ImageFont.load_default(30))
     for x, label in zip(np.interp(ticks, span, (left, right)), labels):
         color = "dimgrey" if label == "0" else "#d8d8d8"
@@ -1477,7 +1477,7 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     draw.text(((left + right) / 2, bottom + 50), xlabel, "dimgrey", font, "ma")
     for index, (label, *places) in enumerate(rows):
         y = top + 40 + 44 * index
-        draw.text((30, y), label, "black" if places else COLORS[0], font, "lm")
+        draw.text((30, y), label, "black" if places else COLORS[0], small, "lm")
         if places:
             mean, low, high = np.interp(places, span, (left, right))
             if low < high:
@@ -2117,11 +2117,11 @@ def draw_arms(args, rows: list, gains: dict):
     """What arms have over the first of their task, as dots; PSNR against seconds and calls."""
     dots = []
     for task, group in group_by(rows, "task").items():
-        dots.append((f"{task}: over {group[0]['arm']}"[:64],))
+        dots.append((f"{task}: over {group[0]['arm']}"[:90],))
         for arm in group_by(group, "arm"):
             if arm in gains:
                 label = " ".join(arm.replace(f"--task {task}", "").split())
-                dots.append((label[-64:], *gains[arm]))
+                dots.append((label[-92:], *gains[arm]))
         for column, label in (("seconds", "seconds"), ("nfe", "calls of the DDPM")):
             curves = curves_of(group, column)
             if curves:
