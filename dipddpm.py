@@ -1445,12 +1445,14 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         color = COLORS[index % len(COLORS)]
         y = 1026 + 44 * index
         draw.line((60, y, 150, y), color, 8)
-        draw.text((170, y), f"{index + 1}   {name.lstrip('.')}", "black", font, "lm")
         places = np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)
         places = np.stack(places, axis=1).tolist()
         draw_curve(draw, places, color, dots=name[0] == ".")
+        label = name.lstrip(".")
         if len(places) == 1:            # there are more dots than colours
+            label = f"{label}  ({index + 1})"
             draw.text((places[0][0] + 14, places[0][1]), str(index + 1), color, font, "lm")
+        draw.text((170, y), label, "black", font, "lm")
     return page.reduce(2)
 
 def draw_curve(draw, places: list, color: str, dots: bool):
@@ -1749,7 +1751,8 @@ def cmd_fit_dip(args):
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
              "psnr_target": "to the target of the stage"}
-    curves = [(label, [row["step"] for row in rows], [row[name] for row in rows])
+    stages = rows[:-1] or rows          # the last row is the answer
+    curves = [(label, [row["step"] for row in stages], [row[name] for row in stages])
               for name, label in names.items()]
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
