@@ -1449,9 +1449,9 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         places = np.stack(places, axis=1).tolist()
         draw_curve(draw, places, color, dots=name[0] == ".")
         label = name.lstrip(".")
-        if len(places) == 1:            # there are more dots than colours
-            label = f"{label}  ({index + 1})"
-            draw.text((places[0][0] + 14, places[0][1]), str(index + 1), color, font, "lm")
+        if name[0] == "." and len(places) == 1 and not np.isnan(places).any():
+            label = f"{label}  ({index + 1})"               # there are more dots than colours
+            draw.text((places[0][0] + 14, places[0][1]), str(index + 1), "black", font, "lm")
         draw.text((170, y), label, "black", font, "lm")
     return page.reduce(2)
 
