@@ -496,7 +496,8 @@ def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generato
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
 
-    xhat may be any image that was made without that part (Theorem 4 of report.md).
+    xhat may be any image that was made without that part (Theorem 4 of report.md). What R itself
+    chooses, the best stage or a share, makes it lean low, by little.
     """
     return task.mse(xhat, y).item() - floor
 
@@ -911,7 +912,8 @@ class Stage:
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
-    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far
+    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far;
+                                    # at last, without noise, its mean with the interpolation
     risk: float = math.nan          # R of the answer, before it saw what was held out
     stop_step: int = 0              # where the newest network was best
 
