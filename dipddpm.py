@@ -235,8 +235,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 def guess_spread(clue: Tensor) -> Tensor:
-    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation, or of
-    grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation (a DIP's
+    is taken to be the same), or of grey where a clue, N x (C + 1) x H x W, tells nothing."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(told, 0.15, 0.5)
 
@@ -294,10 +294,12 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
-    def clue(self, y: Tensor, channels: int) -> Tensor:
-        """What a DDPM is told of y: the first guess of x, and the share of each pixel that y knows,
-        which is the diagonal of A^+ A. N x (channels + 1) x H x W."""
-        guess = self.interpolate(y).expand(-1, channels, -1, -1)
+    def clue(self, y: Tensor, channels: int, guess: Tensor | None = None) -> Tensor:
+        """What a DDPM is told of y: a guess of x, the interpolation if none is given, and the share
+        of each pixel that y knows, the diagonal of A^+ A. N x (channels + 1) x H x W."""
+        if guess is None:
+            guess = self.interpolate(y)
+        guess = guess.expand(-1, channels, -1, -1)
         share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
@@ -494,7 +496,8 @@ def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generato
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
 
-    xhat may be any image that was made without that part (Theorem 4 of report.md).
+    xhat may be any image that was made without that part (Theorem 4 of report.md). What R itself
+    chooses, the best stage or a share, makes it lean low, by little.
     """
     return task.mse(xhat, y).item() - floor
 
@@ -510,16 +513,16 @@ def hole_side(mask: Tensor) -> int:
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
-# at a time. Of most images it is told something, too: a part of the pixels, or the means of blocks.
-# So one network draws pictures from nothing, and completes what is known of a picture. To run it:
-# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# at a time. Of half of the images it is told something, too: some of the pixels, or the means of
+# blocks. So one network draws pictures from nothing, and completes what is known of a picture. To
+# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
 
     r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
     x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
-    images of which nothing (k = 0) or something (k = 1) is told: a mean over all that may be told.
+    images of which nothing (k = 0) or something (k = 1) is told, per value that is not known.
     """
     def __init__(self, state: dict):
         super().__init__()
@@ -631,18 +634,18 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of a
-    quarter of them nothing, of a quarter the means of blocks, of the rest what is around small or
-    large holes."""
+    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
+    of them nothing; of the others the means of blocks, or what is around small or large holes."""
     count, channels, _, side = x0.shape
     scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
     scale = scales[int(torch.randint(len(scales), (), generator=gen))]
     hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
-    tasks = [Task("nothing", mask=torch.zeros(1, 1, side, side)), Task("blocks", scale=scale),
+    nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
+    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
              random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    order = torch.randperm(4, generator=gen).tolist()       # in turn, whatever the batch size
+    order = torch.randperm(6, generator=gen).tolist()       # in turn, whatever the batch size
     clues = []
-    for k, part in zip(order, x0.split(math.ceil(count / 4))):
+    for k, part in zip(order, x0.split(math.ceil(count / 6))):
         clues.append(tasks[k].clue(tasks[k].forward(part), channels))
     return torch.cat(clues)
 
@@ -694,9 +697,11 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        losses = losses.detach()
+        # Known pixels have no error, and known means little: `Prior` wants the loss of the rest.
+        unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
+        rest = losses.detach() / unknown.clamp(min=0.01)
         before = state["eps_loss"][told, t]
-        newest = torch.where(before.isnan(), losses, before.lerp(losses, 0.2))
+        newest = torch.where(before.isnan(), rest, before.lerp(rest, 0.2))
         state["eps_loss"][told, t] = newest
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
@@ -907,13 +912,33 @@ class Stage:
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
-    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far
+    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far;
+                                    # at last, without noise, its mean with the interpolation
     risk: float = math.nan          # R of the answer, before it saw what was held out
     stop_step: int = 0              # where the newest network was best
 
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
+
+def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
+    """How much a fit counts in its mean with the interpolation, whose errors are others: what R
+    says; for superres, where R sees too little, a half; all of it, where nothing judges."""
+    if task.scale > 1:
+        return 0.5
+    return best_share(judge, guess, unseen) if judge else 1.0
+
+def best_share(judge, first: Tensor, second: Tensor) -> float:
+    """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it.
+
+    All, unless R falls by a fifth: R has an error, and the second may still have more to learn.
+    """
+    r0 = judge(first)
+    r1 = judge(second)
+    apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)     # mean square of first - second
+    share = min(max(0.5 + (r0 - r1) / max(2 * apart, 1e-12), 0.0), 1.0)
+    mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
+    return share if mixed <= 0.8 * r1 else 1.0
 
 class MovingVariance:
     """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
@@ -1072,7 +1097,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
     settings: the fields of Settings. With stop 'holdout' each network first sees its part of the
     split; then, from the weights of its best stage on, the last rungs with all of y. prior: a
-    trained DDPM, for adapt and guide. FloatingPointError: a loss that is not finite.
+    trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed with the
+    interpolation (`share_of_fit`). FloatingPointError: a loss that is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1111,25 +1137,26 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         if number > 0 and paired and judge and judge(mean_image(blind)) > judge(start):
             answers.pop()               # R says that this network makes the answer worse
             blind.pop()
-    if o.method == "staged" and task.scale > 1:
-        # Their errors and the interpolation's differ, and R sees too little to weigh the two.
-        answers = [mean_image(answers), task.interpolate(y)]
-        blind = [mean_image(blind), guess]
-    if judge:
-        found["risk"] = judge(mean_image(blind))
     answer = mean_image(answers)
+    unseen = mean_image(blind)
+    if o.method == "staged" and task.sigma == 0:
+        share = share_of_fit(task, guess, unseen, judge)
+        answer = task.interpolate(y).lerp(answer, share)
+        unseen = guess.lerp(unseen, share)
+    if judge:
+        found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
         answer = give_back(answer, y, task.noise.level_at(answer))
     found["answer"] = found["average"] = answer
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and at each call
-# its x_0 and that estimate are averaged by precision. Two things can mend the start: what the DDPM
-# knows of photos, and what it is told of this one (Task.clue). If it is told nothing it begins
-# where the noise just hides the DIP's error, and needs some twenty calls in place of hundreds. If
-# it is told y it begins with more noise, and its first call is its answer. To run it:
-# `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
+# nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
+# calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
+# counts, and its first call is its answer. So the DIP comes in a second time: where R has seen
+# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
+# DDPM's x_0 are averaged by precision at each call. To run it: `dipddpm.py sample --init dip`.
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1334,7 +1361,7 @@ def find_photos(folder: str, flag: str) -> list:
     """Sorted paths of the pictures in a folder and below it, but not of what this file wrote."""
     found = []
     for place, folders, files in os.walk(folder):       # It follows no links, hence no circles.
-        if "metrics.json" not in files:
+        if not {"metrics.json", "arms.png"} & set(files):
             found += [os.path.join(place, name) for name in files if name.lower().endswith(ENDINGS)]
         folders[:] = [name for name in folders if name != "runs" and name[0] != "."]
     if not found:
@@ -1420,9 +1447,14 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         color = COLORS[index % len(COLORS)]
         y = 1026 + 44 * index
         draw.line((60, y, 150, y), color, 8)
-        draw.text((170, y), name.lstrip("."), "black", font, "lm")
         places = np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)
-        draw_curve(draw, np.stack(places, axis=1).tolist(), color, dots=name[0] == ".")
+        places = np.stack(places, axis=1).tolist()
+        draw_curve(draw, places, color, dots=name[0] == ".")
+        label = name.lstrip(".")
+        if name[0] == "." and len(places) == 1 and not np.isnan(places).any():
+            label = f"{label}  ({index + 1})"               # there are more dots than colours
+            draw.text((places[0][0] + 14, places[0][1]), str(index + 1), "black", font, "lm")
+        draw.text((170, y), label, "black", font, "lm")
     return page.reduce(2)
 
 def draw_curve(draw, places: list, color: str, dots: bool):
@@ -1432,6 +1464,30 @@ def draw_curve(draw, places: list, color: str, dots: bool):
             draw.circle(place, 8, color)
         elif not np.isnan(before + place).any():
             draw.line(before + place, color, 6)
+
+def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
+    """Rows (label, mean, low, high) as dots with their intervals, below each other, as a picture of
+    1,000 pixels; (label,) alone is a heading."""
+    numbers = [number for row in rows for number in row[1:]]
+    span, ticks, labels = axis_ticks(on_axis([0, *numbers], False), False)
+    left, right, top, bottom = 900, 1940, 110, 150 + 44 * len(rows)
+    page = Image.new("RGB", (2000, bottom + 110), "white")                  # drawn twice as large
+    draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(26), ImageFont.load_default(21)
+    draw.text((30, 24), title, "black", ImageFont.load_default(30))
+    for x, label in zip(np.interp(ticks, span, (left, right)), labels):
+        color = "dimgrey" if label == "0" else "#d8d8d8"
+        draw.line((x, top, x, bottom), color, 2)
+        draw.text((x, bottom + 8), label, "black", font, "ma")
+    draw.text(((left + right) / 2, bottom + 50), xlabel, "dimgrey", font, "ma")
+    for index, (label, *places) in enumerate(rows):
+        y = top + 40 + 44 * index
+        draw.text((30, y), label, "black" if places else COLORS[0], small, "lm")
+        if places:
+            mean, low, high = np.interp(places, span, (left, right))
+            if low < high:
+                draw.line((low, y, high, y), COLORS[0], 5)
+            draw.circle((mean, y), 9, COLORS[0])
+    return page.reduce(2)
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
@@ -1462,7 +1518,7 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
-DIP_START = 0.6     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
+DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1544,7 +1600,8 @@ def observe(args) -> tuple:
             fail("--mask: all is known, or nothing; white = known pixels, black = missing")
     elif name == "inpaint":
         if value is None or args.observed:
-            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels")
+            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels; "
+                 "to enlarge a photo say --task superres:4")
         task.mask = (torch.rand((1, 1, *size), generator=gen) >= value).to(image)
         if not task.mask.any() and args.init != "noise":
             fail("--task: no pixel is known; give a smaller share, as in inpaint:0.8")
@@ -1696,7 +1753,8 @@ def cmd_fit_dip(args):
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
              "psnr_target": "to the target of the stage"}
-    curves = [(label, [row["step"] for row in rows], [row[name] for row in rows])
+    stages = rows[:-1] or rows          # the last row is the answer
+    curves = [(label, [row["step"] for row in stages], [row[name] for row in stages])
               for name, label in names.items()]
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
@@ -1754,18 +1812,23 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
-    if told:
-        join["clue"] = task.clue(y, prior.channels)
+    guess = None
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
         noise = 0.0
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        if not math.isnan(stage.risk):
+        judged = not math.isnan(stage.risk)
+        if judged:
             risk = stage.risk
-        if not args.no_guide:
+        whole = judged and not metrics["interrupted"]       # then R has weighed it
+        if told and task.scale == 1 and whole and not args.no_guide:
+            guess = start               # the DDPM sees it: it need not be weighed in as well
+        elif not args.no_guide:
             join.update(xhat=start, risk=risk)
+    if told:
+        join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
@@ -1784,15 +1847,19 @@ def cmd_sample(args):
         mean = give_back(mean, y, task.noise.level_at(mean))
     if metrics["interrupted"]:
         panels.append(("start", start))
-    elif task.mask.any():
-        panels += [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
-    else:                               # nothing is known: the samples are pictures of their own
-        panels = [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
+    else:
+        panels += sample_panels(args, task, samples, mean)
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
+
+def sample_panels(args, task: Task, samples: Tensor, mean: Tensor) -> list:
+    """What a figure shows of samples: one and their mean, or, where nothing is known, each."""
+    if task.mask.any():
+        return [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
+    return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
 
 def sampling_curve(rows: list) -> Image.Image:
     """PSNR of the predicted x_0 against network calls."""
@@ -1950,7 +2017,7 @@ def training_curves(rows: list, loss: list) -> Image.Image:
     label = "mean of (eps_theta - eps)^2"
     by_time = ("loss of a step", [row["seconds"] for row in rows], [row["loss"] for row in rows])
     ts = list(range(1, len(loss[0]) + 1))
-    by_t = [("nothing told", ts, loss[0]), ("told what an observation knows", ts, loss[1])]
+    by_t = [("nothing told", ts, loss[0]), ("told, by value that is not known", ts, loss[1])]
     charts = [plot([by_time], "Loss against time", "seconds", label, ylog=True),
               plot(by_t, "Loss by t, running mean", "t", label, ylog=True)]
     return Image.fromarray(np.vstack(charts))
@@ -1999,12 +2066,87 @@ def run_arm(argv: list, out: str) -> dict:
     run(args)
     return json.loads(read_text(path))
 
-def markdown(rows: list) -> str:
-    """A table of the means of each arm over photos and seeds."""
-    lines = [["arm", "n", *COLUMNS]]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        group = [row for row in rows if row["arm"] == arm]
-        line = [arm, str(len(group))]
+def interval(differences: list) -> list:
+    """The mean of some differences, one for each photo, and its 95 % interval over photos, by
+    drawing them again and again (bootstrap)."""
+    differences = np.array(differences)
+    if len(differences) < 2:
+        return [differences.mean(), math.nan, math.nan]
+    draws = np.random.default_rng(0).integers(len(differences), size=(20000, len(differences)))
+    means = differences[draws].mean(axis=1)
+    return [differences.mean(), *np.percentile(means, [2.5, 97.5])]
+
+def group_by(rows: list, name: str) -> dict:
+    """Rows by what stands in one of their columns, in order of appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+def psnr_by_photo(rows: list) -> dict:
+    """The PSNR on each photo, the mean over seeds, where the clean photo is known."""
+    rows = [row for row in rows if row["psnr"] is not None]
+    photos = group_by(rows, "photo")
+    return {photo: np.mean([row["psnr"] for row in own]) for photo, own in photos.items()}
+
+def over_first(rows: list) -> dict:
+    """What each arm has over the first of the same task: [mean, low, high] in dB."""
+    found = {}
+    for group in group_by(rows, "task").values():
+        arms = group_by(group, "arm")
+        first = psnr_by_photo(arms[group[0]["arm"]])
+        for arm, own in arms.items():
+            other = psnr_by_photo(own)
+            differences = [other[photo] - first[photo] for photo in other if photo in first]
+            if differences:
+                found[arm] = interval(differences)
+    return found
+
+def curves_of(rows: list, column: str) -> list:
+    """PSNR against a column, means over photos and seeds. Arms that differ in numbers only are one
+    curve, a single arm is a dot."""
+    families = {}
+    for arm, group in group_by(rows, "arm").items():
+        group = [row for row in group if row.get(column) and row["psnr"] is not None]
+        if group:
+            place = [np.mean([row[name] for row in group]) for name in (column, "psnr")]
+            family = re.sub(r"(?<=[ :])[\d.]+(?= |$)", "N", arm)
+            families.setdefault(family, []).append(place)
+    curves = []
+    for name, places in families.items():
+        dot = "." if len(places) == 1 else ""
+        curves.append((dot + name, *zip(*sorted(places))))
+    return curves
+
+def draw_arms(args, rows: list, gains: dict):
+    """What arms have over the first of their task, as dots; PSNR against seconds and calls."""
+    dots = []
+    for task, group in group_by(rows, "task").items():
+        dots.append((f"{task}: over {group[0]['arm']}"[:90],))
+        for arm in group_by(group, "arm"):
+            if arm in gains:
+                label = " ".join(arm.replace(f"--task {task}", "").split())
+                dots.append((label[-92:], *gains[arm]))
+        for column, label in (("seconds", "seconds"), ("nfe", "calls of the DDPM")):
+            curves = curves_of(group, column)
+            if curves:
+                chart = plot(curves, f"{task}: PSNR, mean over photos", label, "dB", xlog=True)
+                save(os.path.join(args.out, f"{column}-{folder_name(task)}.png"), chart)
+    if gains:
+        chart = dot_plot("PSNR, with 95 % intervals over photos", "dB", dots)
+        save(os.path.join(args.out, "arms.png"), chart)
+
+def markdown(rows: list, gains: dict) -> str:
+    """A table of the means of each arm over photos and seeds, and what it has over the first of
+    its task, in dB, with its interval."""
+    lines = [["arm", "n", "over the first", *COLUMNS]]
+    for arm, group in group_by(rows, "arm").items():
+        line = [arm, str(len(group)), ""]
+        if arm in gains:
+            mean, low, high = gains[arm]
+            line[2] = f"{mean:.2f}"
+            if low < high:
+                line[2] += f" ({low:.2f} to {high:.2f})"
         for column in COLUMNS:
             values = [row[column] for row in group if row.get(column) is not None]
             line.append(f"{np.mean(values):.3f}" if values else "")
@@ -2092,7 +2234,9 @@ def cmd_evaluate(args):
             bad.append(f"{name}: {arm}")
     if rows:
         save(os.path.join(args.out, f"{args.suite}.csv"), rows)
-        say(markdown(rows))
+        gains = over_first(rows)
+        say(markdown(rows, gains))
+        draw_arms(args, rows, gains)
     if args.held and rows:
         compare_sets(args, network, held, results)
     if bad:
@@ -2135,7 +2279,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="tables; every row is a command line")
     share, whole = partial(in_range, float, 0), partial(in_range, int, 1)
     fit.set_defaults(init=None, start=None)
-    for command, task in ((fit, "denoise:25"), (sample, "superres:4")):
+    for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
         add("--task", default=task, help=f"{TASKS} ({task})")
@@ -2148,16 +2292,16 @@ def make_parser() -> argparse.ArgumentParser:
         add_settings(command)
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 0.6")
+    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 2")
     add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
-    add("--no-guide", action="store_true", help="start from the DIP, but do not join it on the way")
+    add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
-    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 172)")
+    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")
