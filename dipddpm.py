@@ -1444,26 +1444,28 @@ def plot(curves: list, title: str, xlabel: str, ylabel: str, xlog=False, ylog=Fa
         draw.line((x, top, x, bottom), "dimgrey", 3)
         draw.text((x, top - 8), mark[1], "dimgrey", font, "md")
     for index, (name, _, _) in enumerate(curves):
-        color = COLORS[index % len(COLORS)]
-        y = 1026 + 44 * index
-        draw.line((60, y, 150, y), color, 8)
         places = np.interp(xs[index], x_span, across), np.interp(ys[index], y_span, down)
-        places = np.stack(places, axis=1).tolist()
-        draw_curve(draw, places, color, dots=name[0] == ".")
-        label = name.lstrip(".")
-        if name[0] == "." and len(places) == 1 and not np.isnan(places).any():
-            label = f"{label}  ({index + 1})"               # there are more dots than colours
-            draw.text((places[0][0] + 14, places[0][1]), str(index + 1), "black", font, "lm")
-        draw.text((170, y), label, "black", font, "lm")
+        draw_curve(draw, font, index, name, np.stack(places, axis=1).tolist())
     return page.reduce(2)
 
-def draw_curve(draw, places: list, color: str, dots: bool):
-    """Dots at these places, or lines from each to the next; NaN is a gap."""
+def draw_curve(draw, font, index: int, name: str, places: list):
+    """A line from each place to the next, or dots where the name begins with a dot, and the name
+    below. NaN is a gap. A single dot gets a number: there are more dots than colours."""
+    color = COLORS[index % len(COLORS)]
+    below = 1026 + 44 * index
+    dots = name[0] == "."
+    label = name.lstrip(".")
     for before, place in zip(places[:1] + places, places):
         if dots and not np.isnan(place).any():
             draw.circle(place, 8, color)
         elif not np.isnan(before + place).any():
             draw.line(before + place, color, 6)
+    if dots and len(places) == 1 and not np.isnan(places).any():
+        x, y = places[0]
+        draw.text((x + 14, y), str(index + 1), "black", font, "lm")
+        label = f"{label}  ({index + 1})"
+    draw.line((60, below, 150, below), color, 8)
+    draw.text((170, below), label, "black", font, "lm")
 
 def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     """Rows (label, mean, low, high) as dots with their intervals, below each other, as a picture of
