@@ -188,7 +188,7 @@ class UNet(nn.Module):
         top = widths[-1]
         emb = 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem = nn.Conv2d(4 * (2 * channels + 1), width, 3, padding=1)
+        self.stem = nn.Conv2d(4 * (3 * channels + 1), width, 3, padding=1)
         self.enc = nn.ModuleList()
         for cin, cout in zip([width] + widths, widths):
             self.enc.append(ResBlock(cin, cout, emb))
@@ -203,18 +203,20 @@ class UNet(nn.Module):
         """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
 
         Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
-        an error of level sigma_t, and the guess, with one of level s. The line is their mean by
-        precision; what the network adds is in units of the error that this mean would have.
+        an error of level sigma_t, and the guess (a DIP, if there is one), with one of level s. The
+        line is their mean by precision; what the network adds is in units of the error that this
+        mean would have.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
-            x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
-        xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
+            x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1))
+        xt, plain, guess, share = x.split([self.channels] * 3 + [1], dim=1)
         sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
         spread2 = guess_spread(x[:, self.channels:]) ** 2 * (1 - share)       # known: no error
         z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
         line = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
         error = (spread2 * sigma2 / (spread2 + sigma2)).sqrt()
-        x0 = line + error * self.correction(torch.cat([line, guess, share], dim=1), t)
+        seen = torch.cat([line, plain, guess, share], dim=1)
+        x0 = line + error * self.correction(seen, t)
         return (z - x0) / sigma2.sqrt()
 
     def correction(self, x: Tensor, t: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ class UNet(nn.Module):
 
 def guess_spread(clue: Tensor) -> Tensor:
     """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation (a DIP's
-    is taken to be the same), or of grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    is taken to be the same), or of grey where a clue, N x (2C + 1) x H x W, tells nothing."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(told, 0.15, 0.5)
 
@@ -294,14 +296,15 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
-    def clue(self, y: Tensor, channels: int, guess: Tensor | None = None) -> Tensor:
-        """What a DDPM is told of y: a guess of x, the interpolation if none is given, and the share
-        of each pixel that y knows, the diagonal of A^+ A. N x (channels + 1) x H x W."""
-        if guess is None:
-            guess = self.interpolate(y)
-        guess = guess.expand(-1, channels, -1, -1)
+    def clue(self, y: Tensor, channels: int, dip: Tensor | None = None) -> Tensor:
+        """What a DDPM is told of y: the interpolation; a DIP, or without one the interpolation once
+        more; the share of each pixel that y knows, the diagonal of A^+ A. N x (2 channels + 1) x
+        H x W."""
+        plain = self.interpolate(y)
+        guess = plain if dip is None else dip
+        guesses = [image.expand(-1, channels, -1, -1) for image in (plain, guess)]
         share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
-        return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
+        return torch.cat([*guesses, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
@@ -633,21 +636,38 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     lots = draw_lots(torch.ones(1, 1, side, side), hole, gen)
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
-def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
-    of them nothing; of the others the means of blocks, or what is around small or large holes."""
-    count, channels, _, side = x0.shape
+def random_tasks(side: int, gen: torch.Generator) -> list:
+    """Means of blocks, scattered pixels missing, squares missing: of images of a given side."""
     scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
     scale = scales[int(torch.randint(len(scales), (), generator=gen))]
     hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
+    return [Task("blocks", scale=scale), random_holes(side, 1, gen), random_holes(side, hole, gen)]
+
+def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
+    """What observations of images, N x C x H x W, would tell of them: N x (2C + 1) x H x W. Of half
+    of them nothing; of the others the means of blocks, or what is around small or large holes."""
+    count, channels, _, side = x0.shape
     nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
-    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
-             random_holes(side, 1, gen), random_holes(side, hole, gen)]
+    tasks = [nothing] * 3 + random_tasks(side, gen)
     order = torch.randperm(6, generator=gen).tolist()       # in turn, whatever the batch size
     clues = []
     for k, part in zip(order, x0.split(math.ceil(count / 6))):
         clues.append(tasks[k].clue(tasks[k].forward(part), channels))
     return torch.cat(clues)
+
+def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> tuple:
+    """(x_0, clues) of a step of training. Of a quarter of the images, where there are DIPs of
+    images, the clue holds a DIP (`brief_dips`)."""
+    count = config["batch"]
+    with_dip = count // 4 if dips else 0
+    x0 = random_patches(images, count - with_dip, config["patch"], gen) / 127.5 - 1
+    clues = random_clues(x0, gen)
+    if with_dip > 0:
+        examples = random_patches(dips, with_dip, config["patch"], gen)
+        channels = x0.shape[1]
+        x0 = torch.cat([x0, examples[:, :channels]])
+        clues = torch.cat([clues, examples[:, channels:]])
+    return x0, clues
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, rate: float):
@@ -676,9 +696,8 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         gen.set_state(state["rng"])
     while state["step"] < steps:
         state["step"] += 1
-        x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
+        x0, clues = draw_batch(images, state["dips"], config, gen)
         eps = torch.randn(x0.shape, generator=gen)
-        clues = random_clues(x0, gen)
         spread = guess_spread(clues).flatten()
         told = (spread < 0.5).long()
         draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
@@ -1154,9 +1173,26 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
 # nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
-# counts, and its first call is its answer. So the DIP comes in a second time: where R has seen
-# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call. To run it: `dipddpm.py sample --init dip`.
+# counts, and its first call is its answer. So the DIP comes in a second time: the DDPM is told the
+# DIP beside the interpolation, and has seen in training, on brief DIPs of other photos, how far a
+# DIP is to be trusted. A DDPM that is told nothing is joined with the DIP at each call, in the mean
+# of the two x_0 by precision. To run it: `dipddpm.py sample --init dip`.
+
+def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
+    """The DIP in the training: squares of training images, degraded, with brief DIPs of them.
+
+    Yields x_0 and below it what the DDPM is told, (3C + 1) x side x side. images: uint8 C x H x W.
+    """
+    gen = stream(seed, OBSERVE)
+    for k in range(count):
+        x0 = random_patches(images, 1, side, gen).to(device) / 127.5 - 1
+        task = random_tasks(side, gen)[k % 3]
+        iters = int(torch.randint(40, 126, (), generator=gen))
+        y = task.forward(x0)
+        if task.mask.mean() > 0.05:             # else there is hardly anything to fit
+            *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
+            clue = task.clue(y, x0.shape[1], stage.answer)
+            yield torch.cat([x0, clue], dim=1)[0].cpu()
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1522,7 +1558,8 @@ TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
 DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
-CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
+CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
+DIPS = 48                       # brief DIPs, of which `--prior dip` is told in its training
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -1814,23 +1851,21 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
-    guess = None
+    dip = None
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
         noise = 0.0
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        judged = not math.isnan(stage.risk)
-        if judged:
+        if not math.isnan(stage.risk):
             risk = stage.risk
-        whole = judged and not metrics["interrupted"]       # then R has weighed it
-        if told and task.scale == 1 and whole and not args.no_guide:
-            guess = start               # the DDPM sees it: it need not be weighed in as well
+        if told and not args.no_guide and not metrics["interrupted"]:
+            dip = start                 # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
     if told:
-        join["clue"] = task.clue(y, prior.channels, guess)
+        join["clue"] = task.clue(y, prior.channels, dip)
     t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
@@ -1954,6 +1989,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
         config["t_max"] = 1000
         if args.prior == "dip":
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
+    if args.dips is None:
+        config["dips"] = DIPS if args.prior == "dip" else 0
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -1965,7 +2002,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
-                eps_loss=torch.full((2, 1001), math.nan))
+                dips=[], eps_loss=torch.full((2, 1001), math.nan))
 
 def cmd_train(args):
     """train: Algorithm 1 on a folder of photos, or on an array; with checkpoints."""
@@ -1994,8 +2031,10 @@ def cmd_train(args):
         net = nn.parallel.DistributedDataParallel(net)              # averages the gradients
     say(f"train: {len(images)} images, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
         f"parameters, t <= {t_max}, steps {state['step']} to {args.steps} -> {path}")
-    bar = Progress(args.steps - state["step"], "DDPM")
     before = rows[-1]["seconds"] if rows else 0.0
+    if not args.resume:
+        before = fit_examples(state, images, args.device)
+    bar = Progress(args.steps - state["step"], "DDPM")
     for loss in train_ddpm(state, net, ema, images, args.steps, rank, world):
         bar.text = f"loss {loss:.3f}"
         bar.step()
@@ -2013,6 +2052,16 @@ def cmd_train(args):
     save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), metrics | dict(command=args.argv))
+
+def fit_examples(state: dict, images: list, device) -> float:
+    """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
+    config = state["config"]
+    bar = Progress(config["dips"], "brief DIPs")
+    side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]])
+    for example in brief_dips(images, config["dips"], side, config["seed"], device):
+        state["dips"].append(example)
+        bar.step()
+    return bar.seconds
 
 def training_curves(rows: list, loss: list) -> Image.Image:
     """The loss against time, and below it by t = 1, 2, ..."""
@@ -2304,6 +2353,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397)")
+    add("--dips", type=partial(in_range, int, 0, 10 ** 5),
+        help=f"brief DIPs of training images, to tell it of (none 0; dip {DIPS})")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")
