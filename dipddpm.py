@@ -636,19 +636,16 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     lots = draw_lots(torch.ones(1, 1, side, side), hole, gen)
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
-def random_tasks(side: int, gen: torch.Generator) -> list:
-    """Means of blocks, scattered pixels missing, squares missing: of images of a given side."""
-    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
-    scale = scales[int(torch.randint(len(scales), (), generator=gen))]
-    hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
-    return [Task("blocks", scale=scale), random_holes(side, 1, gen), random_holes(side, hole, gen)]
-
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
     """What observations of images, N x C x H x W, would tell of them: N x (2C + 1) x H x W. Of half
     of them nothing; of the others the means of blocks, or what is around small or large holes."""
     count, channels, _, side = x0.shape
+    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
+    scale = scales[int(torch.randint(len(scales), (), generator=gen))]
+    hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
     nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
-    tasks = [nothing] * 3 + random_tasks(side, gen)
+    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
+             random_holes(side, 1, gen), random_holes(side, hole, gen)]
     order = torch.randperm(6, generator=gen).tolist()       # in turn, whatever the batch size
     clues = []
     for k, part in zip(order, x0.split(math.ceil(count / 6))):
@@ -1179,20 +1176,24 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # of the two x_0 by precision. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
-    """The DIP in the training: squares of training images, degraded, with brief DIPs of them.
+    """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
+    pixels are missing, or of which means of blocks are known.
 
-    Yields x_0 and below it what the DDPM is told, (3C + 1) x side x side. images: uint8 C x H x W.
+    Yields x_0 and below it what the DDPM is told, (3C + 1) x side x side, where 4 divides side.
+    images: uint8 C x H x W.
     """
     gen = stream(seed, OBSERVE)
     for k in range(count):
         x0 = random_patches(images, 1, side, gen).to(device) / 127.5 - 1
-        task = random_tasks(side, gen)[k % 3]
+        share = 0.5 + 0.45 * torch.rand((), generator=gen)
+        missing = torch.rand((1, 1, side, side), generator=gen) < share
+        holes = Task("holes", mask=1 - missing.to(x0))
+        task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
         iters = int(torch.randint(40, 126, (), generator=gen))
         y = task.forward(x0)
-        if task.mask.mean() > 0.05:             # else there is hardly anything to fit
-            *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
-            clue = task.clue(y, x0.shape[1], stage.answer)
-            yield torch.cat([x0, clue], dim=1)[0].cpu()
+        *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
+        clue = task.clue(y, x0.shape[1], stage.answer)
+        yield torch.cat([x0, clue], dim=1)[0].cpu()
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1559,7 +1560,7 @@ GUESS = 25 / 127.5              # the error of a start whose error nobody knows
 DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
-DIPS = 48                       # brief DIPs, of which `--prior dip` is told in its training
+DIPS = 64                       # brief DIPs, of which `--prior dip` is told in its training
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -2058,7 +2059,7 @@ def fit_examples(state: dict, images: list, device) -> float:
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]])
-    for example in brief_dips(images, config["dips"], side, config["seed"], device):
+    for example in brief_dips(images, config["dips"], side // 4 * 4, config["seed"], device):
         state["dips"].append(example)
         bar.step()
     return bar.seconds
