@@ -6,7 +6,7 @@ on many images and run backwards from noise. Three lessons, to be read from the 
     1  a DDPM (sections 1, 2, 4)                       python dipddpm.py train
     2  a DIP that learns from falling noise, as a DDPM
        does, and knows when to stop (3, 5)             python dipddpm.py fit-dip
-    3  the two joined: a DDPM started by a DIP (6)     python dipddpm.py sample --init dip
+    3  the two joined: a DDPM that is told a DIP (6)   python dipddpm.py sample --init dip
        the evidence for all three (10)                 python dipddpm.py evaluate stopping
 
 Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where t = 0 is clean):
@@ -202,10 +202,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
 
-        Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
-        an error of level sigma_t, and the guess (a DIP, if there is one), with one of level s. The
-        line is their mean by precision; what the network adds is in units of the error that this
-        mean would have.
+        The network does not start from nothing. Two estimates of x_0 are at hand: that of x_t,
+        which errs by sigma_t, and the guess (a DIP, or the interpolation), which errs by about s.
+        Their mean, in which the better one counts for more, is the line, and `error` is how far it
+        should be off. The network only says how many of these errors are to be added.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
             x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1))
@@ -259,7 +259,8 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # The clean image x is seen through A, which hides pixels or averages them, and through noise. The
 # end of the section splits an observation in two: one part to fit, one to judge the fit by. That
-# judgement, R, is the only thing that the rest of the file knows of the error of an estimate.
+# judgement, R, is all that is known of the error of a fit. At a first reading skip from `Noise` to
+# `hold_out`: what lies between finds the noise of a real photo, and no lesson needs it.
 
 @dataclass
 class Task:
@@ -517,8 +518,9 @@ def hole_side(mask: Tensor) -> int:
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
 # at a time. Of half of the images it is told something, too: some of the pixels, or the means of
-# blocks. So one network draws pictures from nothing, and completes what is known of a picture. To
-# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# blocks. So one network draws pictures from nothing, and completes what is known of a picture.
+# `train --prior dip` tells it of a quarter more, and of these a DIP besides (section 6). To run it:
+# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -529,14 +531,14 @@ class Prior(nn.Module):
     """
     def __init__(self, state: dict):
         super().__init__()
+        if "dips" not in state:
+            raise ValueError("an older version made it")
         config = state["config"]
         self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
         self.t_max = config["t_max"]
         self.schedule = self.model.schedule
-        if state["eps_loss"].shape != (2, 1001):
-            raise ValueError("an older version made it")
         # Times that were not trained count as unknown: an eps of no information has loss 1.
         seen = (~state["eps_loss"].isnan()).float()
         total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
@@ -765,9 +767,10 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
-# A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
-# that of w is W^2, the best network for z1 and z2 has the gain (S - W^2) / (S + a^2 W^2): where w
-# is too strong it inverts the noise, but by 1 / a^2 at most. So there the ladder ends at a = 2.
+# A camera's noise is not white as w is. At frequencies where w is stronger than all of y, the best
+# network would turn the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S is the power
+# of y and W^2 that of w. This is never below -1 / a^2, so a large a makes it harmless: for a
+# camera's noise the ladder ends at a = 2.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -1171,9 +1174,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
 # counts, and its first call is its answer. So the DIP comes in a second time: the DDPM is told the
-# DIP beside the interpolation, and has seen in training, on brief DIPs of other photos, how far a
-# DIP is to be trusted. A DDPM that is told nothing is joined with the DIP at each call, in the mean
-# of the two x_0 by precision. To run it: `dipddpm.py sample --init dip`.
+# DIP beside the interpolation, and has seen in training, on brief DIPs of other photos, how far
+# such a DIP is to be trusted. A DDPM that is told nothing is joined with the DIP at each call, in
+# the mean of the two x_0 by precision. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
@@ -1822,15 +1825,12 @@ def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, i
     may start with more noise: of the start it needs less, and one call answers with the mean of
     all that could be.
     """
-    t0 = prior.schedule.start_t(risk)
-    steps = 20
-    if told:
-        t0 = prior.schedule.start_t(DIP_START ** 2)
-        steps = 1
-    t0 = min(t0, prior.t_max)
+    t0 = min(prior.schedule.start_t(DIP_START ** 2 if told else risk), prior.t_max)
     if args.init == "noise":
         t0 = prior.schedule.T
-        steps = 20
+    steps = 20
+    if told and args.init != "noise":
+        steps = 1
     steps = args.steps or steps
     if steps == 1 and args.eta is not None:
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
@@ -1861,7 +1861,7 @@ def cmd_sample(args):
         metrics["psnr_dip"], _ = quality(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
-        if told and not args.no_guide and not metrics["interrupted"]:
+        if told and not args.no_guide:
             dip = start                 # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
@@ -1876,6 +1876,8 @@ def cmd_sample(args):
     join["watch"] = partial(watch_call, bar, rows, x)
     eta = 1.0 if args.eta is None else args.eta
     try:
+        if metrics["interrupted"]:      # in the fit: the DDPM is left out
+            raise KeyboardInterrupt
         samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
@@ -1923,9 +1925,8 @@ def prior_path(args) -> str | None:
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    folder, name = os.path.split(path)
-    default = folder == os.path.join("runs", "train") and name in ("none.pt", "dip.pt")
-    if default and not os.path.exists(path):
+    defaults = [os.path.join("runs", "train", f"{name}.pt") for name in ("none", "dip")]
+    if path in defaults and not os.path.exists(path):
         train_default_prior(path, args.device.type)
     kind = "none" if args.init == "noise" else "dip"
     remedy = f"train another: train --prior {kind}"
@@ -1986,12 +1987,13 @@ def read_array(path: str) -> list:
 def checkpoint(args, path: str, channels: int) -> dict:
     """A plain dict that weights_only=True can read: of a new run, or of one to go on with."""
     config = {name: getattr(args, name) for name in CONFIG} | dict(channels=channels)
-    if args.t_max is None:
-        config["t_max"] = 1000
-        if args.prior == "dip":
-            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
-    if args.dips is None:
-        config["dips"] = DIPS if args.prior == "dip" else 0
+    defaults = dict(t_max=1000, dips=0)
+    if args.prior == "dip":
+        t_max = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
+        defaults = dict(t_max=t_max, dips=DIPS)
+    config |= {name: value for name, value in defaults.items() if config[name] is None}
+    if config["dips"] > 0 and args.batch < 4:
+        fail("--batch: a quarter of it is told of DIPs; give 4 or more, or --dips 0")
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -2035,6 +2037,8 @@ def cmd_train(args):
     before = rows[-1]["seconds"] if rows else 0.0
     if not args.resume:
         before = fit_examples(state, images, args.device)
+        if rank == 0:
+            save(path, state)
     bar = Progress(args.steps - state["step"], "DDPM")
     for loss in train_ddpm(state, net, ema, images, args.steps, rank, world):
         bar.text = f"loss {loss:.3f}"
@@ -2058,8 +2062,10 @@ def fit_examples(state: dict, images: list, device) -> float:
     """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
-    side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]])
-    for example in brief_dips(images, config["dips"], side // 4 * 4, config["seed"], device):
+    side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]]) // 4 * 4
+    if config["dips"] > 0 and side < config["patch"]:
+        fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
+    for example in brief_dips(images, config["dips"], side, config["seed"], device):
         state["dips"].append(example)
         bar.step()
     return bar.seconds
@@ -2352,8 +2358,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
-    add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
-    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397)")
+    add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max, told of DIPs")
+    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5),
         help=f"brief DIPs of training images, to tell it of (none 0; dip {DIPS})")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
