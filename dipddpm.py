@@ -6,7 +6,7 @@ on many images and run backwards from noise. Three lessons, to be read from the 
     1  a DDPM (sections 1, 2, 4)                       python dipddpm.py train
     2  a DIP that learns from falling noise, as a DDPM
        does, and knows when to stop (3, 5)             python dipddpm.py fit-dip
-    3  the two joined: a DDPM that is told a DIP (6)   python dipddpm.py sample --init dip
+    3  the two joined: a DDPM started by a DIP (6)     python dipddpm.py sample --init dip
        the evidence for all three (10)                 python dipddpm.py evaluate stopping
 
 Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where t = 0 is clean):
@@ -188,7 +188,7 @@ class UNet(nn.Module):
         top = widths[-1]
         emb = 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem = nn.Conv2d(4 * (3 * channels + 1), width, 3, padding=1)
+        self.stem = nn.Conv2d(4 * (2 * channels + 1), width, 3, padding=1)
         self.enc = nn.ModuleList()
         for cin, cout in zip([width] + widths, widths):
             self.enc.append(ResBlock(cin, cout, emb))
@@ -208,15 +208,14 @@ class UNet(nn.Module):
         should be off. The network only says how many of these errors are to be added.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
-            x = F.pad(x, (0, 0, 0, 0, 0, 2 * self.channels + 1))
-        xt, plain, guess, share = x.split([self.channels] * 3 + [1], dim=1)
+            x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
+        xt, guess, share = x.split([self.channels, self.channels, 1], dim=1)
         sigma2 = per_image(self.schedule.sigma[t.cpu()] ** 2, x)
         spread2 = guess_spread(x[:, self.channels:]) ** 2 * (1 - share)       # known: no error
         z = xt / per_image(self.schedule.abar[t.cpu()].sqrt(), x)
         line = (z * spread2 + guess * sigma2) / (spread2 + sigma2)
         error = (spread2 * sigma2 / (spread2 + sigma2)).sqrt()
-        seen = torch.cat([line, plain, guess, share], dim=1)
-        x0 = line + error * self.correction(seen, t)
+        x0 = line + error * self.correction(torch.cat([line, guess, share], dim=1), t)
         return (z - x0) / sigma2.sqrt()
 
     def correction(self, x: Tensor, t: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ class UNet(nn.Module):
 
 def guess_spread(clue: Tensor) -> Tensor:
     """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation (a DIP's
-    is taken to be the same), or of grey where a clue, N x (2C + 1) x H x W, tells nothing."""
+    is taken to be the same), or of grey where a clue, N x (C + 1) x H x W, tells nothing."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(told, 0.15, 0.5)
 
@@ -297,15 +296,14 @@ class Task:
         """A^+ y, the smallest x with A x = y: each known pixel repeated s x s times."""
         return F.interpolate(y * self.mask, scale_factor=float(self.scale))
 
-    def clue(self, y: Tensor, channels: int, dip: Tensor | None = None) -> Tensor:
-        """What a DDPM is told of y: the interpolation; a DIP, or without one the interpolation once
-        more; the share of each pixel that y knows, the diagonal of A^+ A. N x (2 channels + 1) x
-        H x W."""
-        plain = self.interpolate(y)
-        guess = plain if dip is None else dip
-        guesses = [image.expand(-1, channels, -1, -1) for image in (plain, guess)]
+    def clue(self, y: Tensor, channels: int, guess: Tensor | None = None) -> Tensor:
+        """What a DDPM is told of y: a guess of x, the interpolation if none is given, and the share
+        of each pixel that y knows, the diagonal of A^+ A. N x (channels + 1) x H x W."""
+        if guess is None:
+            guess = self.interpolate(y)
+        guess = guess.expand(-1, channels, -1, -1)
         share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
-        return torch.cat([*guesses, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
+        return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
@@ -519,7 +517,7 @@ def hole_side(mask: Tensor) -> int:
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
 # at a time. Of half of the images it is told something, too: some of the pixels, or the means of
 # blocks. So one network draws pictures from nothing, and completes what is known of a picture.
-# `train --prior dip` tells it of a quarter more, and of these a DIP besides (section 6). To run it:
+# With `--dips` it is told of a quarter more, and of these a DIP (section 6). To run it:
 # `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
@@ -537,6 +535,7 @@ class Prior(nn.Module):
         self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
+        self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.schedule = self.model.schedule
         # Times that were not trained count as unknown: an eps of no information has loss 1.
@@ -639,7 +638,7 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
 def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
-    """What observations of images, N x C x H x W, would tell of them: N x (2C + 1) x H x W. Of half
+    """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
     of them nothing; of the others the means of blocks, or what is around small or large holes."""
     count, channels, _, side = x0.shape
     scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
@@ -655,18 +654,20 @@ def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
     return torch.cat(clues)
 
 def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> tuple:
-    """(x_0, clues) of a step of training. Of a quarter of the images, where there are DIPs of
-    images, the clue holds a DIP (`brief_dips`)."""
+    """(x_0, eps, clues) of a step of training. Where there are DIPs of training images, a quarter
+    of the batch are squares of these, and their clues hold the DIP."""
     count = config["batch"]
     with_dip = count // 4 if dips else 0
     x0 = random_patches(images, count - with_dip, config["patch"], gen) / 127.5 - 1
+    eps = torch.randn(x0.shape, generator=gen)
     clues = random_clues(x0, gen)
     if with_dip > 0:
-        examples = random_patches(dips, with_dip, config["patch"], gen)
         channels = x0.shape[1]
+        examples = random_patches(dips, with_dip, config["patch"], gen)
         x0 = torch.cat([x0, examples[:, :channels]])
         clues = torch.cat([clues, examples[:, channels:]])
-    return x0, clues
+        eps = torch.cat([eps, torch.randn(x0[-with_dip:].shape, generator=gen)])
+    return x0, eps, clues
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, rate: float):
@@ -695,8 +696,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         gen.set_state(state["rng"])
     while state["step"] < steps:
         state["step"] += 1
-        x0, clues = draw_batch(images, state["dips"], config, gen)
-        eps = torch.randn(x0.shape, generator=gen)
+        x0, eps, clues = draw_batch(images, state["dips"], config, gen)
         spread = guess_spread(clues).flatten()
         told = (spread < 0.5).long()
         draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
@@ -1173,16 +1173,16 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
 # nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
-# counts, and its first call is its answer. So the DIP comes in a second time: the DDPM is told the
-# DIP beside the interpolation, and has seen in training, on brief DIPs of other photos, how far
-# such a DIP is to be trusted. A DDPM that is told nothing is joined with the DIP at each call, in
-# the mean of the two x_0 by precision. To run it: `dipddpm.py sample --init dip`.
+# counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
+# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
+# DDPM's x_0 are averaged by precision at each call. A DDPM that was trained on DIPs is always told
+# the DIP: it has learned how far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
     pixels are missing, or of which means of blocks are known.
 
-    Yields x_0 and below it what the DDPM is told, (3C + 1) x side x side, where 4 divides side.
+    Yields x_0 and below it what the DDPM is told, (2C + 1) x side x side, where 4 divides side.
     images: uint8 C x H x W.
     """
     gen = stream(seed, OBSERVE)
@@ -1563,7 +1563,6 @@ GUESS = 25 / 127.5              # the error of a start whose error nobody knows
 DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
-DIPS = 64                       # brief DIPs, of which `--prior dip` is told in its training
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -1852,21 +1851,23 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
-    dip = None
+    guess = None
     if args.init == "dip":
         stage, _, _, metrics = run_fit(args, y, task, x, prior)
         start = stage.answer
         noise = 0.0
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        if not math.isnan(stage.risk):
+        judged = not math.isnan(stage.risk)
+        if judged:
             risk = stage.risk
-        if told and not args.no_guide:
-            dip = start                 # the DDPM sees it: it need not be weighed in as well
+        trusted = prior.knows_dips or (judged and task.scale == 1)      # or R has weighed it
+        if told and trusted and not args.no_guide:
+            guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
     if told:
-        join["clue"] = task.clue(y, prior.channels, dip)
+        join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
     xt = noised(prior.schedule, start, t0, gens, noise)
     if args.init == "noise":
@@ -1987,13 +1988,12 @@ def read_array(path: str) -> list:
 def checkpoint(args, path: str, channels: int) -> dict:
     """A plain dict that weights_only=True can read: of a new run, or of one to go on with."""
     config = {name: getattr(args, name) for name in CONFIG} | dict(channels=channels)
-    defaults = dict(t_max=1000, dips=0)
-    if args.prior == "dip":
-        t_max = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
-        defaults = dict(t_max=t_max, dips=DIPS)
-    config |= {name: value for name, value in defaults.items() if config[name] is None}
-    if config["dips"] > 0 and args.batch < 4:
-        fail("--batch: a quarter of it is told of DIPs; give 4 or more, or --dips 0")
+    if args.t_max is None:
+        config["t_max"] = 1000
+        if args.prior == "dip":
+            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
+    if args.dips > 0 and args.batch < 4:
+        fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -2035,7 +2035,7 @@ def cmd_train(args):
     say(f"train: {len(images)} images, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
         f"parameters, t <= {t_max}, steps {state['step']} to {args.steps} -> {path}")
     before = rows[-1]["seconds"] if rows else 0.0
-    if not args.resume:
+    if args.dips > 0 and not args.resume:
         before = fit_examples(state, images, args.device)
         if rank == 0:
             save(path, state)
@@ -2063,7 +2063,7 @@ def fit_examples(state: dict, images: list, device) -> float:
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]]) // 4 * 4
-    if config["dips"] > 0 and side < config["patch"]:
+    if side < config["patch"]:
         fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
     for example in brief_dips(images, config["dips"], side, config["seed"], device):
         state["dips"].append(example)
@@ -2358,10 +2358,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
-    add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max, told of DIPs")
+    add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
-    add("--dips", type=partial(in_range, int, 0, 10 ** 5),
-        help=f"brief DIPs of training images, to tell it of (none 0; dip {DIPS})")
+    add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
+        help="fit so many brief DIPs of training images, and tell it of them (0)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")

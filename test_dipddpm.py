@@ -259,11 +259,11 @@ def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t
     torch.manual_seed(t)
     schedule = D.NoiseSchedule()
     abar = schedule.abar[t].item()
-    xt, guess, other = 2 * torch.rand(1, 3, 6, 6) - 1, *torch.rand(2, 1, 3, 6, 6)
+    xt, guess = 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(1, 3, 6, 6)
     share = torch.rand(1, 1, 6, 6)
     share[..., 0] = 1.0                                                 # known pixels
     tolerance = {1: 5e-4, 1000: 1e-3}.get(t, 1e-5)                      # float32 of z and eps
-    for s, mean, x in ((0.5, 0 * guess, xt), (0.15 * (1 - share).sqrt(), guess, torch.cat([xt, other, guess, share], 1))):
+    for s, mean, x in ((0.5, 0 * guess, xt), (0.15 * (1 - share).sqrt(), guess, torch.cat([xt, guess, share], 1))):
         var = abar * s ** 2 + 1 - abar                                  # of x_t
         want = mean + math.sqrt(abar) * s ** 2 / var * (xt - math.sqrt(abar) * mean)
         at = torch.tensor([t])
@@ -274,15 +274,15 @@ def test_before_it_learns_the_network_is_the_posterior_mean_of_gaussian_images(t
 def test_the_clue_is_heard_and_its_absence_is_zeros():
     torch.manual_seed(0)
     net, t = shaken(D.UNet(width=8)), torch.tensor([100, 7])
-    xt, clue = torch.randn(2, 3, 16, 16), torch.rand(2, 7, 16, 16)
+    xt, clue = torch.randn(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
     assert torch.equal(net(xt, t), net(torch.cat([xt, 0 * clue], 1), t))
     assert net(torch.cat([xt, clue], 1), t).shape == xt.shape
-    for part in (slice(3, 6), slice(6, 9), slice(9, 10)):      # the hourglass sees both guesses and share
+    for part in (slice(3, 6), slice(6, 7)):                 # the hourglass sees guess and share
         seen = torch.cat([xt, clue], 1)
         other = seen.clone()
         other[:, part] += 0.5
         assert (net.correction(seen, t) - net.correction(other, t)).abs().max() > 1e-3
-    for channels in (1, 7, 11):
+    for channels in (1, 5, 9):
         with pytest.raises(RuntimeError):
             net(torch.randn(2, channels, 16, 16), t)
 
@@ -335,17 +335,16 @@ def test_operators(task):
         assert torch.allclose(task.forward(guess), y.float(), atol=1e-6)
 
 @pytest.mark.parametrize("task", tasks(), ids=lambda t: t.name)
-def test_a_clue_is_interpolation_and_dip_and_what_y_knows_of_each_pixel(task):
+def test_a_clue_is_the_guess_and_what_y_knows_of_each_pixel(task):
     """The share is the diagonal of A^+ A: pixel after pixel by the operators themselves."""
     x, dip = torch.rand(2, 1, 1, 12, 12)
     y = task.forward(x)
-    plain = task.interpolate(y).expand(-1, 3, -1, -1)
-    assert torch.equal(task.clue(y, 3)[:, :6], torch.cat([plain, plain], 1))
-    clue = task.clue(y, 3, dip)
-    assert torch.equal(clue[:, :6], torch.cat([plain, dip.expand(-1, 3, -1, -1)], 1))
+    clue = task.clue(y, 3)
+    assert torch.equal(clue[:, :3], task.interpolate(y).expand(-1, 3, -1, -1))
+    assert torch.equal(task.clue(y, 3, dip)[:, :3], dip.expand(-1, 3, -1, -1))
     basis = torch.eye(144).view(144, 1, 12, 12)
     diagonal = task.pinv(task.forward(basis)).view(144, 144).diagonal()
-    assert torch.allclose(clue[0, 6].flatten(), diagonal)
+    assert torch.allclose(clue[0, 3].flatten(), diagonal)
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
 def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_holes(batch):
@@ -353,10 +352,9 @@ def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_hole
     kinds, missing = set(), []
     for _ in range(40):
         clues = D.random_clues(x0, gen)
-        assert clues.shape == (batch, 7, 24, 24)
+        assert clues.shape == (batch, 4, 24, 24)
         for x, clue in zip(x0, clues):
-            guess, share = clue[:3], clue[6]
-            assert torch.equal(guess, clue[3:6])                # there is no DIP
+            guess, share = clue[:3], clue[3]
             levels = set(share.unique().tolist())
             if levels == {0.0}:
                 kinds.add("nothing")
@@ -582,8 +580,8 @@ def test_fit_never_redraws_the_observation_noise():
 
 def make_prior(model, t_max=1000, eps_loss=0.02):
     """A Prior around any model(x_t, t), its eps-loss the same at every t."""
-    config = dict(channels=3, width=8, schedule="linear", t_max=t_max)
-    prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(),
+    config = dict(channels=3, width=8, schedule="linear", t_max=t_max, dips=0)
+    prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(), dips=[],
                          eps_loss=torch.full((2, 1001), eps_loss)))
     del prior.model                                         # also a plain function may take its place
     prior.model, prior.channels = model, 1
@@ -603,18 +601,18 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     config = dict(lr=1e-2, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
     state = dict(config=config, step=0, rng=None, optimisers=[], dips=[], eps_loss=torch.full((2, 1001), math.nan))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
-    net = Spy(10, 3, 1).to(memory_format=torch.channels_last)
-    losses = list(D.train_ddpm(state, net, Spy(10, 3, 1), images, 40))
+    net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
+    losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
     assert len(losses) == state["step"] == 40 and np.mean(losses[-10:]) < np.mean(losses[:10])
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
     assert state["eps_loss"][:, 1:8].isfinite().all() and state["eps_loss"][:, 8:].isnan().all()
     assert 0.45 < np.mean(np.array(told) == 0) < 0.65          # half of the images, or all is missing
 
 def test_a_quarter_of_the_images_is_told_a_brief_dip(tmp_path, data, monkeypatch):
-    """Each example is a square of a training image, and below it the interpolation of what a task
-    keeps of it, the fit to the same observation, and the share; it is cut as one."""
+    """Each example is a square of a training image, and below it the fit to what a task keeps of it,
+    and the share; it is cut as one."""
     def fit(y, task, **how):
-        yield SimpleNamespace(answer=task.interpolate(y) + 1)
+        yield SimpleNamespace(answer=task.interpolate(y) + 5)
 
     monkeypatch.setattr(D, "fit_dip", fit)
     flags = ["train", *BRIEF[2:], "--batch", 8, "--data", data, "--out", tmp_path]
@@ -624,15 +622,15 @@ def test_a_quarter_of_the_images_is_told_a_brief_dip(tmp_path, data, monkeypatch
     image = D.load_image(str(data / "a.png"))[0]
     squares = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
     for example in state["dips"]:
-        x0, plain, dip, share = example.split([3, 3, 3, 1])
+        x0, dip, share = example.split([3, 3, 1])
         assert (squares - x0).abs().amax(dim=(2, 3, 4)).min() < 1e-6
-        assert torch.allclose(dip, plain + 1)
         known = (share == 1).expand(3, -1, -1)
-        assert torch.allclose(plain[known], x0[known]) and 0 < share.mean() <= 1
+        assert torch.allclose(dip[known], x0[known] + 5) and 0 < share.mean() <= 1
     config = dict(batch=16, patch=16)
-    x0, clues = D.draw_batch([torch.zeros(3, 40, 40, dtype=torch.uint8)], state["dips"], config, D.stream(0, D.TRAIN))
-    told = [(clue[3:6] - clue[:3]).mean().item() for clue in clues]
-    assert x0.shape == (16, 3, 16, 16) and np.allclose(told, [0] * 12 + [1] * 4, atol=1e-5)
+    grey = [torch.zeros(3, 40, 40, dtype=torch.uint8)]
+    x0, eps, clues = D.draw_batch(grey, state["dips"], config, D.stream(0, D.TRAIN))
+    assert x0.shape == eps.shape == (16, 3, 16, 16) and abs(eps.std() - 1) < 0.1 and len(eps.unique()) > 0.99 * eps.numel()
+    assert (clues[:12, :3] <= 0).all() and (clues[12:, :3] > 3).all()
     assert (x0[:12] == -1).all() and (x0[12:] != -1).any(dim=3).all()
     assert run(*flags, "--dips", 7, "--steps", 5, "--resume") == 0 and run(*flags, "--dips", 6, "--resume") == 2
     assert all(map(torch.equal, state["dips"], load(tmp_path / "none.pt")["dips"]))
@@ -650,8 +648,8 @@ def test_brief_dips_are_fits(monkeypatch):
     first, again = [list(D.brief_dips(images, 2, 16, 0, torch.device("cpu"))) for _ in range(2)]
     assert len(first) == 2 and all(map(torch.equal, first, again)) and all(40 <= n <= 125 for n in lengths)
     for example in first:
-        x0, plain, dip, share = example.split([3, 3, 3, 1])
-        assert ((dip - x0) ** 2).mean() < x0.var() and not torch.equal(dip, plain)
+        x0, dip, share = example.split([3, 3, 1])
+        assert 0 < ((dip - x0) ** 2).mean() < x0.var()
 
 def test_the_loss_is_kept_apart_for_told_images_and_is_that_of_a_value_that_is_not_known():
     """A model that says nothing where it is told nothing, and elsewhere errs by 0.5 where y does not know."""
@@ -670,10 +668,10 @@ def test_the_loss_is_kept_apart_for_told_images_and_is_that_of_a_value_that_is_n
 
     config = dict(lr=1e-3, seed=0, batch=16, patch=24, t_max=3, schedule="linear")
     state = dict(config=config, step=0, rng=None, optimisers=[], dips=[], eps_loss=torch.full((2, 1001), math.nan))
-    net = Half(10, 3, 1).to(memory_format=torch.channels_last)
+    net = Half(7, 3, 1).to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", spy)
-        list(D.train_ddpm(state, net, Half(10, 3, 1), [torch.zeros(3, 25, 25, dtype=torch.uint8)], 60))
+        list(D.train_ddpm(state, net, Half(7, 3, 1), [torch.zeros(3, 25, 25, dtype=torch.uint8)], 60))
     assert (state["eps_loss"][0, 1:4] - 1).abs().max() < 0.3
     assert (state["eps_loss"][1, 1:4] - 0.25).abs().max() < 1e-3
 
@@ -1383,14 +1381,21 @@ def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
     want = judge(seen_task.interpolate(seen).lerp(best.average, 0.7))
     assert last.risk == pytest.approx(want, rel=1e-5)
 
-@pytest.mark.parametrize("words, told, joined", [
-    ([], True, False), (["--no-guide"], False, False), (["--task", "superres:2"], True, False),
-    (["--stop", "fixed"], True, False), (["--no-clue"], None, True)])
-def test_the_ddpm_is_told_the_dip(tmp_path, photo, priors, monkeypatch, words, told, joined):
-    """Beside the interpolation; one that is told nothing has it weighed in."""
+@pytest.mark.parametrize("words, told, joined, knows", [
+    ([], True, False, False), (["--no-guide"], False, False, True), (["--task", "superres:2"], False, True, False),
+    (["--stop", "fixed"], False, True, False), (["--task", "superres:2"], True, False, True), (["--stop", "fixed"], True, False, True)])
+def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined, knows):
+    """Where R saw pixels, or where the DDPM was trained on DIPs; elsewhere it is told the
+    interpolation, and the DIP is weighed in."""
+    read = D.read_checkpoint
+    def read_as(path):
+        state, prior = read(path)
+        prior.knows_dips = knows
+        return state, prior
+    monkeypatch.setattr(D, "read_checkpoint", read_as)
     clues, joins, original = [], [], D.reverse
     def spy(*args, **flags):
-        clues.append(flags.get("clue"))
+        clues.append(flags["clue"])
         joins.append(flags.get("xhat"))
         return original(*args, **flags)
     answers, fit = [], D.fit_dip
@@ -1407,10 +1412,7 @@ def test_the_ddpm_is_told_the_dip(tmp_path, photo, priors, monkeypatch, words, t
     _, y, task = observed(*flags, *words)
     assert run(*flags, *words) == 0
     plain = task.interpolate(y)
-    if told is None:
-        assert clues == [None]
-    else:
-        assert torch.equal(clues[0][:, :6], torch.cat([plain, answers[-1] if told else plain], 1))
+    assert torch.equal(clues[0][:, :3], answers[-1] if told else plain)
     assert (joins[0] is not None) == joined and not torch.equal(answers[-1], plain)
 
 def test_sample_i_does_not_depend_on_the_batch_size():
