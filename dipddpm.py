@@ -1886,10 +1886,10 @@ def cmd_sample(args):
     mean = samples.mean(dim=0, keepdim=True)
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
-    if metrics["interrupted"]:
-        panels.append(("start", start))
-    else:
+    if not metrics["interrupted"]:
         panels += sample_panels(args, task, samples, mean)
+    elif not panels:
+        panels.append(("start", start))
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds

@@ -1999,6 +1999,13 @@ def test_ctrl_c_keeps_the_best_so_far_if_there_is_one(tmp_path, photo, monkeypat
         metrics = outputs(tmp_path / "o", FIT_KEYS)
         assert metrics["interrupted"] is True and metrics["iters"] == 4
 
+def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, priors, monkeypatch):
+    monkeypatch.setattr(D.Fit, "learn", interrupt_at(5, D.Fit.learn))
+    monkeypatch.setattr(D, "reverse", lambda *args, **flags: pytest.fail("the DDPM was called"))
+    assert run("sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
+    metrics = outputs(tmp_path, SAMPLE_KEYS)
+    assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
+
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("init", ["observed", "dip"])
 def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypatch, call, init):
