@@ -202,9 +202,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
 
-        Two measurements of x_0 are there before the network sees anything: x_t / sqrt(abar_t), with
-        an error of level sigma_t, and the guess, with one of level s. The line is their mean by
-        precision; what the network adds is in units of the error that this mean would have.
+        The network does not start from nothing. Two estimates of x_0 are at hand: that of x_t,
+        which errs by sigma_t, and the guess (a DIP, or the interpolation), which errs by about s.
+        Their mean, in which the better one counts for more, is the line, and `error` is how far it
+        should be off. The network only says how many of these errors are to be added.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
             x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
@@ -257,7 +258,8 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # The clean image x is seen through A, which hides pixels or averages them, and through noise. The
 # end of the section splits an observation in two: one part to fit, one to judge the fit by. That
-# judgement, R, is the only thing that the rest of the file knows of the error of an estimate.
+# judgement, R, is all that is known of the error of a fit. At a first reading skip from `Noise` to
+# `hold_out`: what lies between finds the noise of a real photo, and no lesson needs it.
 
 @dataclass
 class Task:
@@ -514,8 +516,9 @@ def hole_side(mask: Tensor) -> int:
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
 # at a time. Of half of the images it is told something, too: some of the pixels, or the means of
-# blocks. So one network draws pictures from nothing, and completes what is known of a picture. To
-# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# blocks. So one network draws pictures from nothing, and completes what is known of a picture.
+# With `--dips` it is told of a quarter more, and of these a DIP (section 6). To run it:
+# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -526,14 +529,15 @@ class Prior(nn.Module):
     """
     def __init__(self, state: dict):
         super().__init__()
+        if "dips" not in state:
+            raise ValueError("an older version made it")
         config = state["config"]
         self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
+        self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.schedule = self.model.schedule
-        if state["eps_loss"].shape != (2, 1001):
-            raise ValueError("an older version made it")
         # Times that were not trained count as unknown: an eps of no information has loss 1.
         seen = (~state["eps_loss"].isnan()).float()
         total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
@@ -649,6 +653,22 @@ def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
         clues.append(tasks[k].clue(tasks[k].forward(part), channels))
     return torch.cat(clues)
 
+def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> tuple:
+    """(x_0, eps, clues) of a step of training. Where there are DIPs of training images, a quarter
+    of the batch are squares of these, and their clues hold the DIP."""
+    count = config["batch"]
+    with_dip = count // 4 if dips else 0
+    x0 = random_patches(images, count - with_dip, config["patch"], gen) / 127.5 - 1
+    eps = torch.randn(x0.shape, generator=gen)
+    clues = random_clues(x0, gen)
+    if with_dip > 0:
+        channels = x0.shape[1]
+        examples = random_patches(dips, with_dip, config["patch"], gen)
+        x0 = torch.cat([x0, examples[:, :channels]])
+        clues = torch.cat([clues, examples[:, channels:]])
+        eps = torch.cat([eps, torch.randn(x0[-with_dip:].shape, generator=gen)])
+    return x0, eps, clues
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, rate: float):
     """Move averaged weights, and the statistics of BatchNorm, towards the model's."""
@@ -676,9 +696,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         gen.set_state(state["rng"])
     while state["step"] < steps:
         state["step"] += 1
-        x0 = random_patches(images, batch, config["patch"], gen) / 127.5 - 1
-        eps = torch.randn(x0.shape, generator=gen)
-        clues = random_clues(x0, gen)
+        x0, eps, clues = draw_batch(images, state["dips"], config, gen)
         spread = guess_spread(clues).flatten()
         told = (spread < 0.5).long()
         draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
@@ -749,9 +767,10 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
-# A photo's noise may have another covariance than w. Where, by frequency, the power of y is S and
-# that of w is W^2, the best network for z1 and z2 has the gain (S - W^2) / (S + a^2 W^2): where w
-# is too strong it inverts the noise, but by 1 / a^2 at most. So there the ladder ends at a = 2.
+# A camera's noise is not white as w is. At frequencies where w is stronger than all of y, the best
+# network would turn the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S is the power
+# of y and W^2 that of w. This is never below -1 / a^2, so a large a makes it harmless: for a
+# camera's noise the ladder ends at a = 2.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -1154,9 +1173,30 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
 # nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
-# counts, and its first call is its answer. So the DIP comes in a second time: where R has seen
+# counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
 # pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call. To run it: `dipddpm.py sample --init dip`.
+# DDPM's x_0 are averaged by precision at each call. A DDPM that was trained on DIPs is always told
+# the DIP: it has learned how far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
+
+def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
+    """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
+    pixels are missing, or of which means of blocks are known.
+
+    Yields x_0 and below it what the DDPM is told, (2C + 1) x side x side, where 4 divides side.
+    images: uint8 C x H x W.
+    """
+    gen = stream(seed, OBSERVE)
+    for k in range(count):
+        x0 = random_patches(images, 1, side, gen).to(device) / 127.5 - 1
+        share = 0.5 + 0.45 * torch.rand((), generator=gen)
+        missing = torch.rand((1, 1, side, side), generator=gen) < share
+        holes = Task("holes", mask=1 - missing.to(x0))
+        task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
+        iters = int(torch.randint(40, 126, (), generator=gen))
+        y = task.forward(x0)
+        *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
+        clue = task.clue(y, x0.shape[1], stage.answer)
+        yield torch.cat([x0, clue], dim=1)[0].cpu()
 
 def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.0) -> Tensor:
     """x_t0 ~ q(x_t0 | start), one for each stream. An image with noise sigma gets only the rest."""
@@ -1522,7 +1562,7 @@ TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6
 GUESS = 25 / 127.5              # the error of a start whose error nobody knows
 DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
 SAVE_EVERY = 100                # steps of a training
-CONFIG = ("prior", "t_max", "schedule", "batch", "patch", "width", "lr", "seed")
+CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -1784,15 +1824,12 @@ def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, i
     may start with more noise: of the start it needs less, and one call answers with the mean of
     all that could be.
     """
-    t0 = prior.schedule.start_t(risk)
-    steps = 20
-    if told:
-        t0 = prior.schedule.start_t(DIP_START ** 2)
-        steps = 1
-    t0 = min(t0, prior.t_max)
+    t0 = min(prior.schedule.start_t(DIP_START ** 2 if told else risk), prior.t_max)
     if args.init == "noise":
         t0 = prior.schedule.T
-        steps = 20
+    steps = 20
+    if told and args.init != "noise":
+        steps = 1
     steps = args.steps or steps
     if steps == 1 and args.eta is not None:
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
@@ -1824,8 +1861,8 @@ def cmd_sample(args):
         judged = not math.isnan(stage.risk)
         if judged:
             risk = stage.risk
-        whole = judged and not metrics["interrupted"]       # then R has weighed it
-        if told and task.scale == 1 and whole and not args.no_guide:
+        trusted = prior.knows_dips or (judged and task.scale == 1)      # or R has weighed it
+        if told and trusted and not args.no_guide:
             guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
@@ -1840,6 +1877,8 @@ def cmd_sample(args):
     join["watch"] = partial(watch_call, bar, rows, x)
     eta = 1.0 if args.eta is None else args.eta
     try:
+        if metrics["interrupted"]:      # in the fit: the DDPM is left out
+            raise KeyboardInterrupt
         samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
@@ -1847,10 +1886,10 @@ def cmd_sample(args):
     mean = samples.mean(dim=0, keepdim=True)
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
-    if metrics["interrupted"]:
-        panels.append(("start", start))
-    else:
+    if not metrics["interrupted"]:
         panels += sample_panels(args, task, samples, mean)
+    elif not panels:
+        panels.append(("start", start))
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
@@ -1887,9 +1926,8 @@ def prior_path(args) -> str | None:
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    folder, name = os.path.split(path)
-    default = folder == os.path.join("runs", "train") and name in ("none.pt", "dip.pt")
-    if default and not os.path.exists(path):
+    defaults = [os.path.join("runs", "train", f"{name}.pt") for name in ("none", "dip")]
+    if path in defaults and not os.path.exists(path):
         train_default_prior(path, args.device.type)
     kind = "none" if args.init == "noise" else "dip"
     remedy = f"train another: train --prior {kind}"
@@ -1954,6 +1992,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
         config["t_max"] = 1000
         if args.prior == "dip":
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
+    if args.dips > 0 and args.batch < 4:
+        fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -1965,7 +2005,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
-                eps_loss=torch.full((2, 1001), math.nan))
+                dips=[], eps_loss=torch.full((2, 1001), math.nan))
 
 def cmd_train(args):
     """train: Algorithm 1 on a folder of photos, or on an array; with checkpoints."""
@@ -1994,8 +2034,12 @@ def cmd_train(args):
         net = nn.parallel.DistributedDataParallel(net)              # averages the gradients
     say(f"train: {len(images)} images, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M "
         f"parameters, t <= {t_max}, steps {state['step']} to {args.steps} -> {path}")
-    bar = Progress(args.steps - state["step"], "DDPM")
     before = rows[-1]["seconds"] if rows else 0.0
+    if args.dips > 0 and not args.resume:
+        before = fit_examples(state, images, args.device)
+        if rank == 0:
+            save(path, state)
+    bar = Progress(args.steps - state["step"], "DDPM")
     for loss in train_ddpm(state, net, ema, images, args.steps, rank, world):
         bar.text = f"loss {loss:.3f}"
         bar.step()
@@ -2013,6 +2057,18 @@ def cmd_train(args):
     save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
     save(os.path.join(args.out, "log.csv"), rows)
     save(os.path.join(args.out, "metrics.json"), metrics | dict(command=args.argv))
+
+def fit_examples(state: dict, images: list, device) -> float:
+    """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
+    config = state["config"]
+    bar = Progress(config["dips"], "brief DIPs")
+    side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]]) // 4 * 4
+    if side < config["patch"]:
+        fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
+    for example in brief_dips(images, config["dips"], side, config["seed"], device):
+        state["dips"].append(example)
+        bar.step()
+    return bar.seconds
 
 def training_curves(rows: list, loss: list) -> Image.Image:
     """The loss against time, and below it by t = 1, 2, ..."""
@@ -2303,7 +2359,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
-    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397)")
+    add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
+    add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
+        help="fit so many brief DIPs of training images, and tell it of them (0)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")

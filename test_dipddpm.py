@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ torch.set_num_threads(1)       # quick also beside other jobs; the tensors are t
 NOISY = D.Task("denoise", sigma=0.2)
 SHORT = ["--iters", 6, "--rungs", 3, "--nets", 1]
 TINY = [*SHORT, "--width", 4, "--depth", 2]
-BRIEF = ["--steps", 3, "--batch", 2, "--patch", 16, "--width", 8]
+BRIEF = ["--dips", 0, "--steps", 3, "--batch", 2, "--patch", 16, "--width", 8]
 
 def run(*argv):
     """main() in-process; the exit code, also of SystemExit."""
@@ -336,9 +337,11 @@ def test_operators(task):
 @pytest.mark.parametrize("task", tasks(), ids=lambda t: t.name)
 def test_a_clue_is_the_guess_and_what_y_knows_of_each_pixel(task):
     """The share is the diagonal of A^+ A: pixel after pixel by the operators themselves."""
-    y = task.forward(torch.rand(1, 1, 12, 12))
+    x, dip = torch.rand(2, 1, 1, 12, 12)
+    y = task.forward(x)
     clue = task.clue(y, 3)
     assert torch.equal(clue[:, :3], task.interpolate(y).expand(-1, 3, -1, -1))
+    assert torch.equal(task.clue(y, 3, dip)[:, :3], dip.expand(-1, 3, -1, -1))
     basis = torch.eye(144).view(144, 1, 12, 12)
     diagonal = task.pinv(task.forward(basis)).view(144, 144).diagonal()
     assert torch.allclose(clue[0, 3].flatten(), diagonal)
@@ -577,8 +580,8 @@ def test_fit_never_redraws_the_observation_noise():
 
 def make_prior(model, t_max=1000, eps_loss=0.02):
     """A Prior around any model(x_t, t), its eps-loss the same at every t."""
-    config = dict(channels=3, width=8, schedule="linear", t_max=t_max)
-    prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(),
+    config = dict(channels=3, width=8, schedule="linear", t_max=t_max, dips=0)
+    prior = D.Prior(dict(config=config, ema=D.UNet(width=8).state_dict(), dips=[],
                          eps_loss=torch.full((2, 1001), eps_loss)))
     del prior.model                                         # also a plain function may take its place
     prior.model, prior.channels = model, 1
@@ -596,7 +599,7 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     told = []
     torch.manual_seed(0)
     config = dict(lr=1e-2, seed=0, batch=16, patch=8, t_max=7, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
+    state = dict(config=config, step=0, rng=None, optimisers=[], dips=[], eps_loss=torch.full((2, 1001), math.nan))
     images = [torch.zeros(3, 9, 12, dtype=torch.uint8)]
     net = Spy(7, 3, 1).to(memory_format=torch.channels_last)
     losses = list(D.train_ddpm(state, net, Spy(7, 3, 1), images, 40))
@@ -604,6 +607,49 @@ def test_training_t_covers_1_to_t_max_and_reaches_the_network():
     assert set(seen) == set(range(1, 8)) and len(seen) == 640
     assert state["eps_loss"][:, 1:8].isfinite().all() and state["eps_loss"][:, 8:].isnan().all()
     assert 0.45 < np.mean(np.array(told) == 0) < 0.65          # half of the images, or all is missing
+
+def test_a_quarter_of_the_images_is_told_a_brief_dip(tmp_path, data, monkeypatch):
+    """Each example is a square of a training image, and below it the fit to what a task keeps of it,
+    and the share; it is cut as one."""
+    def fit(y, task, **how):
+        yield SimpleNamespace(answer=task.interpolate(y) + 5)
+
+    monkeypatch.setattr(D, "fit_dip", fit)
+    flags = ["train", *BRIEF[2:], "--batch", 8, "--data", data, "--out", tmp_path]
+    assert run(*flags, "--dips", 7) == 0
+    state = load(tmp_path / "none.pt")
+    assert state["config"]["dips"] == 7 == len(state["dips"])
+    image = D.load_image(str(data / "a.png"))[0]
+    squares = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+    for example in state["dips"]:
+        x0, dip, share = example.split([3, 3, 1])
+        assert (squares - x0).abs().amax(dim=(2, 3, 4)).min() < 1e-6
+        known = (share == 1).expand(3, -1, -1)
+        assert torch.allclose(dip[known], x0[known] + 5) and 0 < share.mean() <= 1
+    config = dict(batch=16, patch=16)
+    grey = [torch.zeros(3, 40, 40, dtype=torch.uint8)]
+    x0, eps, clues = D.draw_batch(grey, state["dips"], config, D.stream(0, D.TRAIN))
+    assert x0.shape == eps.shape == (16, 3, 16, 16) and abs(eps.std() - 1) < 0.1 and len(eps.unique()) > 0.99 * eps.numel()
+    assert (clues[:12, :3] <= 0).all() and (clues[12:, :3] > 3).all()
+    assert (x0[:12] == -1).all() and (x0[12:] != -1).any(dim=3).all()
+    assert run(*flags, "--dips", 7, "--steps", 5, "--resume") == 0 and run(*flags, "--dips", 6, "--resume") == 2
+    assert all(map(torch.equal, state["dips"], load(tmp_path / "none.pt")["dips"]))
+
+def test_brief_dips_are_fits(monkeypatch):
+    fit, lengths = D.fit_dip, []
+
+    def shorter(y, task, **how):
+        lengths.append(how["iters"])
+        return fit(y, task, **how | dict(iters=12))
+
+    monkeypatch.setattr(D, "fit_dip", shorter)
+    images = [D.load_image(os.path.join(D.PHOTOS, "test", "chelsea.png"))[0, :, 100:140, 100:140]]
+    images = [((image + 1) * 127.5).round().byte() for image in images]
+    first, again = [list(D.brief_dips(images, 2, 16, 0, torch.device("cpu"))) for _ in range(2)]
+    assert len(first) == 2 and all(map(torch.equal, first, again)) and all(40 <= n <= 125 for n in lengths)
+    for example in first:
+        x0, dip, share = example.split([3, 3, 1])
+        assert 0 < ((dip - x0) ** 2).mean() < x0.var()
 
 def test_the_loss_is_kept_apart_for_told_images_and_is_that_of_a_value_that_is_not_known():
     """A model that says nothing where it is told nothing, and elsewhere errs by 0.5 where y does not know."""
@@ -621,7 +667,7 @@ def test_the_loss_is_kept_apart_for_told_images_and_is_that_of_a_value_that_is_n
         return eps
 
     config = dict(lr=1e-3, seed=0, batch=16, patch=24, t_max=3, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
+    state = dict(config=config, step=0, rng=None, optimisers=[], dips=[], eps_loss=torch.full((2, 1001), math.nan))
     net = Half(7, 3, 1).to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", spy)
@@ -1335,11 +1381,18 @@ def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
     want = judge(seen_task.interpolate(seen).lerp(best.average, 0.7))
     assert last.risk == pytest.approx(want, rel=1e-5)
 
-@pytest.mark.parametrize("words, told, joined", [
-    ([], True, False), (["--no-guide"], False, False), (["--task", "superres:2"], False, True),
-    (["--stop", "fixed"], False, True)])
-def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined):
-    """Where R saw pixels; elsewhere it is told the interpolation, and the DIP is weighed in."""
+@pytest.mark.parametrize("words, told, joined, knows", [
+    ([], True, False, False), (["--no-guide"], False, False, True), (["--task", "superres:2"], False, True, False),
+    (["--stop", "fixed"], False, True, False), (["--task", "superres:2"], True, False, True), (["--stop", "fixed"], True, False, True)])
+def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined, knows):
+    """Where R saw pixels, or where the DDPM was trained on DIPs; elsewhere it is told the
+    interpolation, and the DIP is weighed in."""
+    read = D.read_checkpoint
+    def read_as(path):
+        state, prior = read(path)
+        prior.knows_dips = knows
+        return state, prior
+    monkeypatch.setattr(D, "read_checkpoint", read_as)
     clues, joins, original = [], [], D.reverse
     def spy(*args, **flags):
         clues.append(flags["clue"])
@@ -1358,9 +1411,9 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
         flags += ["--task", "inpaint:0.5"]
     _, y, task = observed(*flags, *words)
     assert run(*flags, *words) == 0
-    guess = clues[0][:, :3]
-    assert torch.equal(guess, answers[-1] if told else task.interpolate(y))
-    assert (joins[0] is not None) == joined and not torch.equal(answers[-1], task.interpolate(y))
+    plain = task.interpolate(y)
+    assert torch.equal(clues[0][:, :3], answers[-1] if told else plain)
+    assert (joins[0] is not None) == joined and not torch.equal(answers[-1], plain)
 
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
@@ -1946,6 +1999,13 @@ def test_ctrl_c_keeps_the_best_so_far_if_there_is_one(tmp_path, photo, monkeypat
         metrics = outputs(tmp_path / "o", FIT_KEYS)
         assert metrics["interrupted"] is True and metrics["iters"] == 4
 
+def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, priors, monkeypatch):
+    monkeypatch.setattr(D.Fit, "learn", interrupt_at(5, D.Fit.learn))
+    monkeypatch.setattr(D, "reverse", lambda *args, **flags: pytest.fail("the DDPM was called"))
+    assert run("sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
+    metrics = outputs(tmp_path, SAMPLE_KEYS)
+    assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
+
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("init", ["observed", "dip"])
 def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypatch, call, init):
@@ -1982,7 +2042,7 @@ def default_prior(tmp_path, data, monkeypatch):
     trained, original = [], D.cmd_train
     def small(args):
         trained.append((args.prior, args.resume))
-        args.data, args.steps, args.batch, args.patch, args.width = str(data), 4, 2, 16, 8
+        args.data, args.steps, args.batch, args.patch, args.width, args.dips = str(data), 4, 2, 16, 8, 0
         return original(args)
     monkeypatch.setattr(D, "cmd_train", small)
     return trained
@@ -2415,7 +2475,7 @@ def test_time_of_a_step():
     net, schedule = D.UNet().to(memory_format=torch.channels_last), D.NoiseSchedule()
     images = list(torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8))
     config = dict(lr=0.02, seed=0, batch=16, patch=48, t_max=1000, schedule="linear")
-    state = dict(config=config, step=0, rng=None, optimisers=[], eps_loss=torch.full((2, 1001), math.nan))
+    state = dict(config=config, step=0, rng=None, optimisers=[], dips=[], eps_loss=torch.full((2, 1001), math.nan))
     xt = torch.randn(4, 3, 128, 128)
     jobs = {"1024 x 1024 matrix product": ((x @ x).sum().item() for _ in itertools.count())}
     for side, width in itertools.product((128, 256), (32, 64)):
