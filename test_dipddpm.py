@@ -1233,7 +1233,7 @@ def test_windows_without_noise(windows, scale):
     known = (torch.rand(1, 1, 64, 64, generator=D.stream(0, D.OBSERVE)) > 0.5).float()
     task = D.Task("free", 0.0, scale, known if scale == 1 else torch.tensor(1.0))
     y = task.forward(x)
-    *_, last = D.fit_dip(y, task, iters=400, **WINDOWS)
+    *_, last = D.fit_dip(y, task, iters=200, **WINDOWS)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5) and last.answer.shape == x.shape
     _, seen_task, judge = D.hold_out(y, task, D.stream(0, D.FIT))
     assert 0 < last.risk < judge(0 * x)
@@ -1868,7 +1868,7 @@ def test_noise_told_wrongly_is_amplified_in_no_band(tmp_path, capsys):
     D.to_image(y).save(tmp_path / "p.png")
     y = loaded(tmp_path / "p.png")
     before = band_energies(y - x)
-    words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise:25", "--iters", 120,
+    words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise:25", "--iters", 60,
              "--nets", 1, "--out", tmp_path / "o"]
     assert run(*words) == 0
     assert "not white noise of level 25" in capsys.readouterr().out
