@@ -187,7 +187,9 @@ class UNet(nn.Module):
         widths = [mult * width for mult in mults]
         top = widths[-1]
         emb = 4 * width
-        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        widen = nn.Linear(width, emb)
+        mix = nn.Linear(emb, emb)
+        self.time = nn.Sequential(widen, nn.SiLU(), mix, nn.SiLU())
         self.stem = nn.Conv2d(4 * (2 * channels + 1), width, 3, padding=1)
         self.enc = nn.ModuleList()
         for cin, cout in zip([width] + widths, widths):
@@ -302,7 +304,8 @@ class Task:
         if guess is None:
             guess = self.interpolate(y)
         guess = guess.expand(-1, channels, -1, -1)
-        share = self.mask.to(y).expand(len(y), 1, *y.shape[2:]) / self.scale ** 2
+        mask = self.mask.to(y).expand(len(y), 1, *y.shape[2:])
+        share = mask / self.scale ** 2
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
@@ -315,7 +318,8 @@ class Task:
 
     def mse(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of (A x - y)^2 over the known pixels."""
-        return ((self.forward(x) - y) ** 2).mean() / self.mask.mean().clamp(min=1e-9)
+        error = (self.forward(x) - y) ** 2
+        return error.mean() / self.mask.mean().clamp(min=1e-9)
 
     def interpolate(self, y: Tensor) -> Tensor:
         """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement, in
@@ -450,7 +454,8 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
     """
     removed = y - xhat
     energy = (removed ** 2).mean(dim=1, keepdim=True)
-    energy = F.avg_pool2d(F.pad(energy, (5, 5, 5, 5), mode="replicate"), 11, stride=1)
+    energy = F.pad(energy, (5, 5, 5, 5), mode="replicate")
+    energy = F.avg_pool2d(energy, 11, stride=1)
     # The energy of the noise alone differs from window to window: by a third, to be safe.
     detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
     return xhat + detail.clamp(min=0) * removed
@@ -620,8 +625,9 @@ def step_all(optimisers: list, factor: float):
 
 def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple[slice, slice]:
     """Rows and columns of a random square of an image; all of it, where it is smaller."""
-    top = int(torch.randint(max(1, image.shape[-2] - side + 1), (), generator=gen))
-    left = int(torch.randint(max(1, image.shape[-1] - side + 1), (), generator=gen))
+    height, width = image.shape[-2:]
+    top = int(torch.randint(max(1, height - side + 1), (), generator=gen))
+    left = int(torch.randint(max(1, width - side + 1), (), generator=gen))
     return slice(top, top + side), slice(left, left + side)
 
 def random_patches(images: list, count: int, side: int, gen: torch.Generator) -> Tensor:
@@ -2062,7 +2068,8 @@ def fit_examples(state: dict, images: list, device) -> float:
     """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
-    side = min(2 * config["patch"], *[n for image in images for n in image.shape[1:]]) // 4 * 4
+    smallest = min(min(image.shape[1:]) for image in images)
+    side = min(2 * config["patch"], smallest) // 4 * 4
     if side < config["patch"]:
         fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
     for example in brief_dips(images, config["dips"], side, config["seed"], device):

@@ -1372,6 +1372,7 @@ def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
     guess = task.interpolate(y)
     last = list(D.fit_dip(y, task, **how))[-1]
     assert ((last.answer - x) ** 2).mean() < 1.05 * ((guess - x) ** 2).mean()
+    assert torch.equal(task.forward(last.answer), y)
     monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
     *stages, last = D.fit_dip(y, task, **how)
     assert torch.allclose(last.answer, guess.lerp(stages[-1].answer, 0.7))
@@ -1413,6 +1414,7 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
     assert run(*flags, *words) == 0
     plain = task.interpolate(y)
     assert torch.equal(clues[0][:, :3], answers[-1] if told else plain)
+    assert torch.allclose(task.forward(clues[0][:, :3]), y, atol=1e-6)
     assert (joins[0] is not None) == joined and not torch.equal(answers[-1], plain)
 
 def test_sample_i_does_not_depend_on_the_batch_size():
