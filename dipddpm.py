@@ -1811,10 +1811,14 @@ def cmd_fit_dip(args):
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
              "psnr_target": "to the target of the stage"}
     stages = rows[:-1] or rows          # the last row is the answer
-    curves = [(label, [row["step"] for row in stages], [row[name] for row in stages])
-              for name, label in names.items()]
+    steps = [row["step"] for row in stages]
+    curves = [(label, steps, [row[name] for row in stages]) for name, label in names.items()]
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
+    if x is not None:
+        curve = ("to the clean photo", steps, [row["ssim"] for row in stages])
+        ssims = plot([curve], "SSIM at the end of each stage", "steps", "SSIM", mark=mark)
+        chart = Image.fromarray(np.vstack([chart, ssims]))
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])

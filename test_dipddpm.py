@@ -1258,6 +1258,8 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
         assert metrics["iters"] == 4 and (metrics["psnr"] is None) == ("--observed" in words)
         assert (metrics["risk"] is None) == ("wmv" in words)
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
+        both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
+        assert (Image.open(tmp_path / f"{n}" / "curves.png").size[1] > 900) == both
 
 CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
