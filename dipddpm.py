@@ -681,6 +681,14 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
     for averaged, newest in zip(ema.state_dict().values(), model.state_dict().values()):
         averaged.copy_(averaged + rate * (newest - averaged))
 
+def keep_loss(eps_loss: Tensor, told: Tensor, t: Tensor, losses: Tensor, clues: Tensor):
+    """Move the running means eps_loss[told, t] towards the newest losses, per value that is not
+    known: known pixels have no error, and known means little."""
+    unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
+    rest = losses / unknown.clamp(min=0.01)
+    before = eps_loss[told, t]
+    eps_loss[told, t] = torch.where(before.isnan(), rest, before.lerp(rest, 0.2))
+
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
     """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
 
@@ -721,12 +729,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        # Known pixels have no error, and known means little: `Prior` wants the loss of the rest.
-        unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
-        rest = losses.detach() / unknown.clamp(min=0.01)
-        before = state["eps_loss"][told, t]
-        newest = torch.where(before.isnan(), rest, before.lerp(rest, 0.2))
-        state["eps_loss"][told, t] = newest
+        keep_loss(state["eps_loss"], told, t, losses.detach(), clues)
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
         yield losses.mean().item()
@@ -1003,7 +1006,9 @@ class Fit:
         self.prior = prior
         self.tick = tick
         self.step = 0
-        self.z = None
+        self.z = None                   # the fixed input, if there is one
+        self.w = None                   # the noise of the newest step
+        self.side = 1                   # of the squares of pixels that are hidden
         channels = y.shape[1]
         if o.input == "fixed":
             z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen)
@@ -1024,38 +1029,20 @@ class Fit:
 
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
-        o, scale = self.o, task.scale
-        unit = task.sigma or FREE_UNIT
-        mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
+        o = self.o
         # A pair may be turned (Theorem 3 of report.md); for superres there is none.
-        turning = o.turns and o.target == "conjugate" and scale == 1
-        splitting = splits(o, task)
-        side = hole_side(mask)
+        turning = o.turns and o.target == "conjugate" and task.scale == 1
+        self.side = hole_side(task.mask.to(y).expand(1, 1, *y.shape[2:]))
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
-            base_part, y_part, task_part = base, y, task
-            for step in range(steps):
-                if self.windowed:
-                    places = [random_place(y, WINDOW // scale, self.gen) for _ in range(16)]
-                    base_part = cut(base, places, scale)
-                    y_part = cut(y, places)
-                    task_part = replace(task, mask=cut(mask, places))
-                if o.fresh or step == 0:
-                    shape = task_part.pinv(y_part).shape
-                    w = unit * torch.randn(shape, generator=self.gen).to(y)
-                z, level = noisy_input(o, base_part, a, w, task.sigma)      # z1 = y + a w
-                target = noisy_target(o, y_part, a, w, task_part)           # z2 = y - w / a
-                compared = task_part
-                if splitting:
-                    seen, compared = split_pixels(y_part, task_part, a, side, self.gen)
-                    target = y_part * compared.mask
-                    if o.input == "observed":
-                        z = seen
+            self.w = None
+            for _ in range(steps):
+                z1, level, z2, compared = self.draw_pair(y, task, base, a)
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
-                output = turned_back(self.net(turned(z, g), level), g)
-                self.learn(fit_loss(o, output, target, compared, level, self.prior))
+                output = turned_back(self.net(turned(z1, g), level), g)
+                self.learn(fit_loss(o, output, z2, compared, level, self.prior))
                 if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
@@ -1063,9 +1050,31 @@ class Fit:
             if self.windowed:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
-            mse = compared.mse(output, target).item()
-            noise = 0.0 if splitting else level
-            yield Stage(self.step, noise, z, output.detach(), target, mse, average)
+            mse = compared.mse(output, z2).item()
+            noise = 0.0 if splits(o, task) else level
+            yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
+
+    def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float) -> tuple:
+        """What a step sees and is compared with: (z1, the level of its noise, z2, the task of z2),
+        of the whole photo or of windows of it."""
+        o = self.o
+        if self.windowed:
+            places = [random_place(y, WINDOW // task.scale, self.gen) for _ in range(16)]
+            mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
+            task = replace(task, mask=cut(mask, places))
+            base = cut(base, places, task.scale)
+            y = cut(y, places)
+        if o.fresh or self.w is None:
+            shape = task.pinv(y).shape
+            w = torch.randn(shape, generator=self.gen).to(y)
+            self.w = (task.sigma or FREE_UNIT) * w
+        z, level = noisy_input(o, base, a, self.w, task.sigma)              # z1 = y + a w
+        if not splits(o, task):
+            return z, level, noisy_target(o, y, a, self.w, task), task      # z2 = y - w / a
+        seen, hidden = split_pixels(y, task, a, self.side, self.gen)
+        if o.input == "observed":
+            z = seen
+        return z, level, y * hidden.mask, hidden
 
     def share(self) -> float:
         """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
@@ -1802,10 +1811,14 @@ def cmd_fit_dip(args):
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
              "psnr_target": "to the target of the stage"}
     stages = rows[:-1] or rows          # the last row is the answer
-    curves = [(label, [row["step"] for row in stages], [row[name] for row in stages])
-              for name, label in names.items()]
+    steps = [row["step"] for row in stages]
+    curves = [(label, steps, [row[name] for row in stages]) for name, label in names.items()]
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
+    if x is not None:
+        curve = ("to the clean photo", steps, [row["ssim"] for row in stages])
+        ssims = plot([curve], "SSIM at the end of each stage", "steps", "SSIM", mark=mark)
+        chart = Image.fromarray(np.vstack([chart, ssims]))
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])
