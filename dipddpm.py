@@ -176,8 +176,9 @@ class UNet(nn.Module):
     """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
     told of y it is eps_theta(x_t, t, y) (Saharia et al. 2022).
 
-    forward(x, t): x_t, N x channels x H x W of any size, and after these channels, if it is told,
-    those of Task.clue; int64 t of length N; to the noise eps in x_t, of its shape.
+    forward(x, t): x_t, N x channels x H x W of any size; int64 t of length N; to the noise eps in
+    x_t, of its shape. If it is told of y, a clue follows the channels of x_t: a guess of x, and in
+    one channel the share of each pixel that y knows, 0 to 1 (section 3, Task.clue).
     """
     def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
         super().__init__()
@@ -238,8 +239,9 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 def guess_spread(clue: Tensor) -> Tensor:
-    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: that of an interpolation (a DIP's
-    is taken to be the same), or of grey where a clue, N x (C + 1) x H x W, tells nothing."""
+    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: about that of an interpolation (a
+    DIP's is taken to be the same), or, where a clue of zeros tells nothing, that of grey: how far
+    the pixels of photos are from 0."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
     return torch.where(told, 0.15, 0.5)
 
@@ -304,13 +306,16 @@ class Task:
         if guess is None:
             guess = self.interpolate(y)
         guess = guess.expand(-1, channels, -1, -1)
-        mask = self.mask.to(y).expand(len(y), 1, *y.shape[2:])
-        share = mask / self.scale ** 2
+        share = self.known(y) / self.scale ** 2
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
         return x - gain * self.pinv(self.forward(x) - y)
+
+    def known(self, y: Tensor) -> Tensor:
+        """The mask for all of y: N x 1 x h x w."""
+        return self.mask.to(y).expand(len(y), 1, *y.shape[2:])
 
     def keep_known(self, x: Tensor, y: Tensor) -> Tensor:
         """What was given without noise comes back as it was given."""
@@ -382,8 +387,8 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     """Look for the noise of a photo, 1 x C x H x W, where it is flat.
 
     The flattest twentieth of squares, each without its mean and slope, are taken for noise. They
-    are not enough to know the level to some percent; where they agree with estimate_sigma, which
-    is that exact and sees white noise only, the noise is white and that level counts.
+    are not enough to know the level to some percent. estimate_sigma is that exact, but for white
+    noise only, which has the same level on every second pixel; correlated noise has more there.
     """
     squares = cut_squares(y, min(16, *y.shape[2:]))
     whole = (squares.abs() > 0.98).float().mean(dim=(1, 2, 3)) < 0.05       # hardly clipped
@@ -412,7 +417,8 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     products = patches[..., 1:] * patches[..., :-1]
     neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
-    white = level / 3 < sigma < 1.25 * level and sigma > floor
+    apart = estimate_sigma(y[..., ::2, ::2])
+    white = level / 3 < sigma < 1.25 * level and apart < 1.4 * sigma and sigma > floor
     if white:
         level = sigma
     return Noise(level, thirds, places, neighbour.item(), white, patches, floor)
@@ -472,8 +478,7 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
         floor = task.noise_level() ** 2 + (w ** 2).mean().item() / a ** 2
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
-    height, width = y.shape[2:]
-    known = task.mask.to(y).expand(1, 1, height, width)
+    known = task.known(y)
     count = max(1, round(0.1 * known.sum().item()))
     side = max(1, min(hole_side(known), int(count ** 0.5)))
     lots = draw_lots(known, side, gen)          # the known pixels with the lowest are the judges
@@ -495,7 +500,7 @@ def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generato
     A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
     that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
     """
-    mask = task.mask.to(y).expand(len(y), 1, *y.shape[2:])
+    mask = task.known(y)
     hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
     seen = replace(task, mask=mask - hidden)
     return seen.interpolate(y), replace(task, mask=hidden)
@@ -509,7 +514,8 @@ def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     return task.mse(xhat, y).item() - floor
 
 def hole_side(mask: Tensor) -> int:
-    """The side of a square that is as deep as the mask's holes; 1 if these are scattered pixels."""
+    """The side of a square that is as deep as the mask's holes: 1 if these are scattered pixels, of
+    which up to some 90 % may be missing."""
     depth = 0.0
     reached = mask
     # Known pixels grow by one ring at a time; the mean number of rings is the depth.
@@ -721,7 +727,8 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         xt = q_sample(schedule, x0[mine].to(device), t, eps)
         predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
         losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
-        # So a missing pixel's correction counts the same at every t (Karras et al. 2022, eq. 8).
+        # sigma_t^2 by the square of `error` in UNet.forward: so a missing pixel's correction counts
+        # the same at every t (Karras et al. 2022, eq. 8).
         weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad()
         # Processes average their gradients: this weight makes unequal shares count by patches.
@@ -1032,7 +1039,7 @@ class Fit:
         o = self.o
         # A pair may be turned (Theorem 3 of report.md); for superres there is none.
         turning = o.turns and o.target == "conjugate" and task.scale == 1
-        self.side = hole_side(task.mask.to(y).expand(1, 1, *y.shape[2:]))
+        self.side = hole_side(task.known(y))
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
@@ -1060,8 +1067,7 @@ class Fit:
         o = self.o
         if self.windowed:
             places = [random_place(y, WINDOW // task.scale, self.gen) for _ in range(16)]
-            mask = task.mask.to(y).expand(1, 1, *y.shape[2:])
-            task = replace(task, mask=cut(mask, places))
+            task = replace(task, mask=cut(task.known(y), places))
             base = cut(base, places, task.scale)
             y = cut(y, places)
         if o.fresh or self.w is None:
@@ -1073,11 +1079,12 @@ class Fit:
             return z, level, noisy_target(o, y, a, self.w, task), task      # z2 = y - w / a
         seen, hidden = split_pixels(y, task, a, self.side, self.gen)
         if o.input == "observed":
-            z = seen
+            z = seen                    # without noise; `adapt` is told the level all the same
         return z, level, y * hidden.mask, hidden
 
     def share(self) -> float:
-        """What the newest step counts in a running mean: of the last fifth of steps, or 100."""
+        """What the newest step counts in a running mean: with 5 / step, a mean of about the last
+        fifth of the steps; at least that of the last 100."""
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
@@ -1127,7 +1134,7 @@ class Fit:
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
-    """Fit networks to y (N x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
+    """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings. With stop 'holdout' each network first sees its part of the
     split; then, from the weights of its best stage on, the last rungs with all of y. prior: a
@@ -1168,9 +1175,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-        if number > 0 and paired and judge and judge(mean_image(blind)) > judge(start):
-            answers.pop()               # R says that this network makes the answer worse
-            blind.pop()
+        if number > 0 and paired and judge:
+            if judge(mean_image(blind)) > judge(mean_image(blind[:-1])):
+                answers.pop()           # R says that this network makes the answer worse
+                blind.pop()
     answer = mean_image(answers)
     unseen = mean_image(blind)
     if o.method == "staged" and task.sigma == 0:
@@ -1245,18 +1253,17 @@ def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps=
             clue=None, xhat=None, risk=0.0, watch=None) -> Tensor:
     """The reverse process from x_t0 on, told the clue, and joined at each step with y and xhat.
 
-    A grey image goes through a colour prior as three equal channels. Sample i depends on gens[i]
-    alone. clue: of Task.clue, or None: the network is told nothing. watch(x0), if given, sees every
-    step.
+    xt: N x prior.channels x H x W, each channel with noise of its own, also where the image is
+    grey. Sample i depends on gens[i] alone. clue: of Task.clue, or None: the network is told
+    nothing. watch(x0), if given, sees every step.
     """
-    start = xt.expand(-1, prior.channels, -1, -1)
     r2 = prior.r2[1]
     if clue is None:
-        clue = start[:, :0]
+        clue = xt[:, :0]
         r2 = prior.r2[0]
     model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
     join = partial(refine_x0, r2=r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
-    return like_channels(ddim_sample(model, prior.schedule, start, t0, steps, gens, eta, join), xt)
+    return ddim_sample(model, prior.schedule, xt, t0, steps, gens, eta, join)
 
 # ---- 7. Metrics ---------------------------------------------------------------------------------
 
@@ -1397,14 +1404,16 @@ def read_pixels(path: str) -> np.ndarray:
             raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
         profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
-        if profile and image.mode in ("L", "RGB", "CMYK"):
+        if image.mode not in ("L", "RGB", "CMYK") or "transparency" in image.info:
+            page = Image.new("RGBA", image.size, "white")
+            page.alpha_composite(image.convert("RGBA"))
+            image = page.convert("RGB")
+        if profile:
             with contextlib.suppress(ImageCms.PyCMSError, OSError):     # a broken profile
                 srgb = ImageCms.createProfile("sRGB")
                 profile = ImageCms.getOpenProfile(io.BytesIO(profile))
                 image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image.convert("RGBA"))
-        return np.asarray(page.convert("RGB"), np.float32)
+        return np.asarray(image.convert("RGB"), np.float32)
 
 def to_image(x: Tensor) -> Image.Image:
     """1 x C x H x W in [-1, 1] as a picture of 8 bits: rounded, then clamped."""
@@ -1888,7 +1897,8 @@ def cmd_sample(args):
     if told:
         join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
-    xt = noised(prior.schedule, start, t0, gens, noise)
+    channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
+    xt = noised(prior.schedule, channels, t0, gens, noise)
     if args.init == "noise":
         xt = noise_like(xt, gens)
     bar = Progress(min(steps, t0), "DDPM")
@@ -1899,6 +1909,7 @@ def cmd_sample(args):
         if metrics["interrupted"]:      # in the fit: the DDPM is left out
             raise KeyboardInterrupt
         samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
+        samples = like_channels(samples, y)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -2042,6 +2053,8 @@ def cmd_train(args):
         fail("--patch: no picture is so large; give a smaller side")
     path = os.path.join(args.out, f"{args.prior}.pt")
     state = checkpoint(args, path, len(images[0]))
+    if args.steps < state["step"]:
+        fail(f"--steps: the run has made {state['step']} already; give more")
     rows, t_max = state["log"], state["config"]["t_max"]
     net = UNet(len(images[0]), args.width, schedule=args.schedule)
     net = net.to(args.device, memory_format=torch.channels_last)
@@ -2425,6 +2438,7 @@ def refuse_idle_flags(args):
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (aim != "conjugate", ["turns"], "without the conjugate target"),
+        (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
         (source == "fixed" and method == "adapt", ["input"], "as fixed: a DDPM cannot denoise z"),
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
@@ -2459,6 +2473,8 @@ def parse(argv: list) -> argparse.Namespace:
             args.size = args.size or 128
         refuse_idle_flags(args)
     if args.command == "evaluate":
+        if args.arms and args.suite != "all":
+            fail("--arms: it stands in place of a suite; leave one of them out")
         if bool(args.held) != bool(args.features):
             fail("--features: it goes with --held; give both, or neither")
         if args.quick and args.size:
@@ -2471,7 +2487,7 @@ def run(args):
                 "evaluate": cmd_evaluate}
     make_folder = partial(os.makedirs, exist_ok=True)
     attempt("--out", args.out, "name a folder you may write to", make_folder)
-    # In bfloat16, only the networks' products are.
+    # In bfloat16 are the products of networks, and of the look for noise, but no sums.
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         commands[args.command](args)
 

@@ -399,6 +399,18 @@ def test_find_noise_tells_white_from_correlated():
     dark, middle, bright = D.find_noise(x + (0.1 + 0.05 * x) * torch.randn(x.shape)).thirds
     assert dark < middle < bright
 
+@pytest.mark.parametrize("side, white", [(1, True), (2, False), (3, False)])
+@pytest.mark.parametrize("level", [7, 25])
+def test_the_noise_of_averaged_pixels_is_not_white(level, side, white):
+    """A photo has some noise that looks white; means of white noise must not be taken for it."""
+    for name in ("rocket", "coffee"):
+        x = D.centre(D.load_image(os.path.join(D.PHOTOS, "test", f"{name}.png")), [96, 96])
+        eps = torch.randn((1, 3, 95 + side, 95 + side), generator=D.stream(0, D.OBSERVE))
+        y = x + level / 127.5 * side * F.avg_pool2d(eps, side, stride=1)
+        noise = D.find_noise((y * 127.5).round() / 127.5)
+        assert noise.white == white
+        assert noise.level * 127.5 == pytest.approx(level, rel=0.35)
+
 def test_a_draw_of_noise_has_the_level_and_the_covariance_of_its_patches():
     patches = torch.zeros(2, 3, 4, 4)
     patches[0, :, 1, 1:3] = 1.0                     # neighbours in a row: correlation 1/2
@@ -812,6 +824,8 @@ def test_resume_refuses_other_settings(tmp_path, data, priors, capsys):
         one_line(capsys, flag)
     assert run("train", *BRIEF[:-2], "--data", data, "--out", tmp_path, "--resume") == 2
     one_line(capsys, "--width", "8")
+    assert run(*flags, "--resume", "--steps", 3) == 2               # it has made four
+    one_line(capsys, "--steps", "4")
     assert load(tmp_path / "none.pt")["step"] == 4
 
 def test_pictures_smaller_than_a_patch_are_left_out(tmp_path, monkeypatch, capsys):
@@ -1050,6 +1064,21 @@ def test_a_network_that_raises_the_risk_is_left_out(monkeypatch):
             *_, last = D.fit_dip(y, task, nets=2, **SMALL)
         assert torch.equal(last.answer, first.answer) == left_out
 
+def test_a_third_network_is_compared_with_the_mean_of_two(monkeypatch):
+    """R of the mean of one, two and three networks is 4, 1 and 2 here: the third is left out."""
+    hold_out, mean_image, counts = D.hold_out, D.mean_image, [0]
+    def counted(images):
+        counts.append(len(images))
+        return mean_image(images)
+    def held_out(*args):
+        seen, task, _ = hold_out(*args)
+        return seen, task, lambda image: [4.0, 4.0, 1.0, 2.0][counts[-1]]
+    monkeypatch.setattr(D, "best_share", lambda *images: 1.0)
+    monkeypatch.setattr(D, "mean_image", counted)
+    monkeypatch.setattr(D, "hold_out", held_out)
+    list(D.fit_dip(HOLES.forward(smooth_image(12)), HOLES, nets=3, **SMALL))
+    assert 3 in counts and counts[-2:] == [2, 2]    # the answer, and its part that is judged
+
 def test_after_the_pairs_a_network_sees_all(monkeypatch):
     """Of two networks for missing pixels the first learns from pairs, the second begins where it
     ended, sees its own estimate with noise, and is compared with every pixel that it may see."""
@@ -1117,7 +1146,7 @@ def test_the_risk_is_of_what_never_saw_the_held_out_part(task, monkeypatch):
 def test_the_tail_sees_what_was_held_out(task, tail, monkeypatch):
     """Every input and target before the tail is made of what the fit may see; those in it of y."""
     bases, targets = [], []
-    original_input, original_target = D.noisy_input, D.noisy_target
+    original_input, original_target, original_split = D.noisy_input, D.noisy_target, D.split_pixels
 
     def input_spy(o, base, *rest):
         bases.append(base)
@@ -1127,8 +1156,13 @@ def test_the_tail_sees_what_was_held_out(task, tail, monkeypatch):
         targets.append(y)
         return original_target(o, y, *rest)
 
+    def split_spy(y, *rest):            # where pixels are missing, it makes the target
+        targets.append(y)
+        return original_split(y, *rest)
+
     monkeypatch.setattr(D, "noisy_input", input_spy)
     monkeypatch.setattr(D, "noisy_target", target_spy)
+    monkeypatch.setattr(D, "split_pixels", split_spy)
     y = task.forward(with_noise(smooth_image(12), task.sigma))
     stages = list(D.fit_dip(y, task, nets=1, tail=tail, input="observed", **SMALL))
     (watched, rest), = each_network(stages)
@@ -1606,8 +1640,12 @@ def test_a_profile_is_converted_to_srgb_and_a_broken_one_changes_nothing(tmp_pat
     swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ")
     for profile, want in ((swapped, pixels()[..., ::-1]), (srgb, pixels()), (b"rubbish", pixels()),
                           (swapped[:300], pixels())):
-        Image.fromarray(pixels()).save(tmp_path / "a.png", icc_profile=profile)
-        assert (loaded(tmp_path / "a.png") - tensor(want)).abs().max() < 1.6 / 127.5
+        for mode in ("RGB", "RGBA", "P"):
+            Image.fromarray(pixels()).convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+            shades = Image.open(tmp_path / "a.png").convert("RGB")          # of a palette there are few
+            plain = tensor(np.asarray(shades)[..., ::-1] if profile is swapped else np.asarray(shades))
+            assert (loaded(tmp_path / "a.png") - plain).abs().max() < 1.6 / 127.5
+            assert mode == "P" or (plain - tensor(want)).abs().max() == 0
     assert (tensor(pixels()) - tensor(pixels()[..., ::-1])).abs().max() > 1     # it is no small thing
 
 def test_saving_rounds_and_clamps():
@@ -1985,6 +2023,22 @@ def test_grey_photo_with_a_colour_prior(tmp_path, priors):
                    priors / "dip.pt") == 0
         assert Image.open(tmp_path / name / "result.png").mode == "L"
 
+def test_each_channel_of_a_grey_photo_has_noise_of_its_own(tmp_path, priors, monkeypatch):
+    """As in training: a colour prior has not learned to remove noise that is grey."""
+    begun, reverse = [], D.reverse
+    def spy(prior, task, xt, *args, **options):
+        begun.append(xt)
+        return reverse(prior, task, xt, *args, **options)
+    monkeypatch.setattr(D, "reverse", spy)
+    D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
+    for n, init in enumerate(("observed", "dip")):
+        flags = SHORT if init == "dip" else []
+        assert run("sample", "--init", init, "--image", tmp_path / "grey.png", *flags, "--out", tmp_path / "o",
+                   "--ckpt", priors / "dip.pt") == 0
+        apart = begun[n] - begun[n].mean(dim=1, keepdim=True)
+        assert begun[n].shape[1] == 3 and apart.std() > 0.3
+        assert Image.open(tmp_path / "o" / "result.png").mode == "L"
+
 def test_nothing_known_is_a_sample_of_the_prior(tmp_path, priors, photo):
     Image.new("RGB", (16, 16), (200, 60, 30)).save(tmp_path / "other.png")
     for name, path in (("a", photo), ("b", tmp_path / "other.png")):
@@ -2337,6 +2391,7 @@ fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
+evaluate stopping --arms missing.txt -> --arms
 evaluate --images empty -> --images
 evaluate nonsense -> nonsense
 train --data empty -> --data
@@ -2362,6 +2417,7 @@ fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
 fit-dip P --task superres:4 --turns 0 -> --turns
+fit-dip P --task superres:4 --target conjugate -> --target
 fit-dip P --task inpaint:0.5 --hold 0.1 -> --hold
 fit-dip P --method dip --high 2 -> --high
 fit-dip P --method guide --fresh 0 -> --fresh
