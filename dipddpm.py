@@ -2210,7 +2210,7 @@ def curves_of(rows: list, column: str) -> list:
     return curves
 
 def draw_arms(args, rows: list, gains: dict):
-    """What arms have over the first of their task, as dots; PSNR against seconds and calls."""
+    """What arms have over the first of their task, as dots; PSNR against seconds, calls and t0."""
     dots = []
     for task, group in group_by(rows, "task").items():
         dots.append((f"{task}: over {group[0]['arm']}"[:90],))
@@ -2218,7 +2218,10 @@ def draw_arms(args, rows: list, gains: dict):
             if arm in gains:
                 label = " ".join(arm.replace(f"--task {task}", "").split())
                 dots.append((label[-92:], *gains[arm]))
-        for column, label in (("seconds", "seconds"), ("nfe", "calls of the DDPM")):
+        against = [("seconds", "seconds"), ("nfe", "calls of the DDPM")]
+        if len({row["t0"] for row in group if row.get("t0")}) > 1:
+            against.append(("t0", "t0"))
+        for column, label in against:
             curves = curves_of(group, column)
             if curves:
                 chart = plot(curves, f"{task}: PSNR, mean over photos", label, "dB", xlog=True)

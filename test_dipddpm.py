@@ -2285,6 +2285,10 @@ def test_evaluate_draws_what_it_measured(tmp_path):
     D.draw_arms(args, table_rows(), D.over_first(table_rows()))
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
         "arms.png", "nfe", "seconds", "seconds"]
+    rows = [row | dict(t0=10 * k) for k, row in enumerate(table_rows())]
+    args.out = str(tmp_path / "starts")
+    D.draw_arms(args, rows, D.over_first(rows))                     # one that starts at several times
+    assert [path for path in (tmp_path / "starts").iterdir() if path.name.startswith("t0-")]
     args.out = str(tmp_path / "none")
     D.draw_arms(args, table_rows()[-1:], {})                        # without a clean photo: nothing
     assert not (tmp_path / "none").exists()
