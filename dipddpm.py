@@ -826,6 +826,7 @@ class Settings:
     fresh: int = setting(1, "draw new noise in each step (1) or in each rung (0)", (0, 1))
     turns: int = setting(1, "turn and mirror the conjugate pair (1) or not (0)", (0, 1))
     loss: str = setting("squares", "gradient: edges count, too", ["squares", "gradient"])
+    weight: float = setting(1.0, "of what method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
@@ -919,7 +920,7 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
     if o.method == "guide":                                 # RED-diff, Mardani et al. 2024
         with torch.no_grad():
             denoised = prior(output + level * torch.randn_like(output), level)
-        loss = loss + ((output - denoised) ** 2).mean()
+        loss = loss + o.weight * ((output - denoised) ** 2).mean()
     if not torch.isfinite(loss):
         raise FloatingPointError("the loss is not finite")
     return loss
@@ -2447,6 +2448,7 @@ def refuse_idle_flags(args):
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
         (args.stop not in (None, "holdout"), ["hold", "tail"], "without --stop holdout"),
         (method == "adapt", ["width", "depth"], "with --method adapt"),
+        (method != "guide", ["weight"], "without --method guide"),
         (prior_path(args) is None, ["ckpt"], "without --method adapt or guide"),
         (args.init in ("noise", "observed"), [*settings, "no_guide"], "without --init dip"),
         (args.init == "noise", ["start"], "with --init noise, which starts at t = 1000"),

@@ -1179,6 +1179,15 @@ def test_the_tail_sees_what_was_held_out(task, tail, monkeypatch):
     assert all(torch.equal(v, task.interpolate(y)) for v in bases[count:])
     assert not torch.equal(seen, y)
 
+def test_the_guide_adds_its_weight_times_its_distance():
+    """To the classic loss; the distance is that of the output from what the prior makes of it."""
+    x, losses = smooth_image(12), []
+    for weight in (0.0, 1.0, 3.0):
+        torch.manual_seed(0)
+        o = settings(method="guide", weight=weight)
+        losses.append(D.fit_loss(o, x, x + 0.1, NOISY, 0.0, lambda z, sigma: z + 0.5).item())
+    assert losses == pytest.approx([0.01, 0.01 + 0.25, 0.01 + 3 * 0.25])
+
 def test_the_tail_goes_on_from_the_best_stage(monkeypatch):
     """From its weights and from its estimate, also where the judged stages after it were worse."""
     begun, left, original = [], [], D.Fit.descend
@@ -2422,6 +2431,7 @@ fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
 fit-dip P --task superres:4 --turns 0 -> --turns
 fit-dip P --task superres:4 --target conjugate -> --target
+fit-dip P --weight 2 -> --weight
 fit-dip P --task inpaint:0.5 --hold 0.1 -> --hold
 fit-dip P --method dip --high 2 -> --high
 fit-dip P --method guide --fresh 0 -> --fresh
@@ -2658,7 +2668,7 @@ def test_random_flags(tmp_path, priors, photo, data, default_prior):
 def test_every_setting_that_is_taken_changes_the_result():
     """A setting with another value than its default, in every method: another path, or a refusal."""
     change = dict(input="estimate", target="noisy", iters=5, nets=2, optimiser="adam", lr=0.03, width=5, depth=1,
-                  high=2.0, low=0.2, rungs=2, fresh=0, turns=0, loss="gradient", hold=0.5, tail=0.5)
+                  high=2.0, low=0.2, rungs=2, fresh=0, turns=0, loss="gradient", weight=3.0, hold=0.5, tail=0.5)
     words = {"denoise:25": NOISY, "inpaint:0.5": HOLES, "superres:2": D.Task("sr", scale=2)}
     idle, brief = [], dict(iters=8, rungs=4, width=4, depth=2)
     for method, (task_flag, task) in itertools.product(D.METHODS, words.items()):
