@@ -957,6 +957,10 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
+def newest_hurts(judge, blind: list[Tensor]) -> bool:
+    """Whether R says that the newest estimate makes the mean of all worse."""
+    return judge(mean_image(blind)) > judge(mean_image(blind[:-1]))
+
 def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
     """How much a fit counts in its mean with the interpolation, whose errors are others: what R
     says; for superres, where R sees too little, a half; all of it, where nothing judges."""
@@ -1176,10 +1180,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answers.append(task.keep_known(answer, y))
         blind.append(best.average)
         steps += fit.step
-        if number > 0 and paired and judge:
-            if judge(mean_image(blind)) > judge(mean_image(blind[:-1])):
-                answers.pop()           # R says that this network makes the answer worse
-                blind.pop()
+        if number > 0 and paired and judge and newest_hurts(judge, blind):
+            answers.pop()
+            blind.pop()
     answer = mean_image(answers)
     unseen = mean_image(blind)
     if o.method == "staged" and task.sigma == 0:
@@ -1864,6 +1867,14 @@ def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, i
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
     return args.start or t0, steps
 
+def first_xt(args, prior: Prior, start: Tensor, t0: int, gens: list, sigma: float) -> Tensor:
+    """Where each sample begins: at the start, which has noise sigma, noised to t0; or at noise."""
+    channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
+    xt = noised(prior.schedule, channels, t0, gens, sigma)
+    if args.init == "noise":
+        return noise_like(xt, gens)
+    return xt
+
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
     x, y, task = observe(args)
@@ -1898,10 +1909,7 @@ def cmd_sample(args):
     if told:
         join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
-    channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
-    xt = noised(prior.schedule, channels, t0, gens, noise)
-    if args.init == "noise":
-        xt = noise_like(xt, gens)
+    xt = first_xt(args, prior, start, t0, gens, noise)
     bar = Progress(min(steps, t0), "DDPM")
     rows = []
     join["watch"] = partial(watch_call, bar, rows, x)
