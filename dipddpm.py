@@ -205,10 +205,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
 
-        The network does not start from nothing. Two estimates of x_0 are at hand: that of x_t,
-        which errs by sigma_t, and the guess (a DIP, or the interpolation), which errs by about s.
-        Their mean, in which the better one counts for more, is the line, and `error` is how far it
-        should be off. The network only says how many of these errors are to be added.
+        Two estimates of x_0 are at hand: z = x_t / sqrt(abar_t), which errs by sigma_t, and the
+        guess (a DIP, or the interpolation), which errs by about its spread. Their mean by precision
+        is the line, and `error` is how far it should be off. The network only says how many of
+        these errors are to be added. Where nothing is told, the guess is 0, and line = c_skip z and
+        error = c_out of eq. 7, with sigma_data = GREY_SPREAD.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
             x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
@@ -238,12 +239,14 @@ class UNet(nn.Module):
             x = F.interpolate(x, scale_factor=2.0) if skips else x            # doubled
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
+GREY_SPREAD = 0.5               # how far the pixels of photos are from 0
+GUESS_SPREAD = 0.15             # how far an interpolation is off, about; a DIP, too
+
 def guess_spread(clue: Tensor) -> Tensor:
-    """s, the level of the error of a clue's guess, N x 1 x 1 x 1: about that of an interpolation (a
-    DIP's is taken to be the same), or, where a clue of zeros tells nothing, that of grey: how far
-    the pixels of photos are from 0."""
+    """The level of the error of a clue's guess, N x 1 x 1 x 1; a clue of zeros tells nothing, and
+    its guess is grey."""
     told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
-    return torch.where(told, 0.15, 0.5)
+    return torch.where(told, GUESS_SPREAD, GREY_SPREAD)
 
 @torch.no_grad()
 def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
@@ -310,7 +313,8 @@ class Task:
         return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
-        """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13)."""
+        """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13; a gain below 1,
+        for a y with noise, is their DDNM+)."""
         return x - gain * self.pinv(self.forward(x) - y)
 
     def known(self, y: Tensor) -> Tensor:
@@ -322,13 +326,14 @@ class Task:
         return x if self.sigma > 0 else self.project(x, y)
 
     def mse(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of (A x - y)^2 over the known pixels."""
+        """The mean of (A x - y)^2 over the known pixels; elsewhere y is 0."""
         error = (self.forward(x) - y) ** 2
         return error.mean() / self.mask.mean().clamp(min=1e-9)
 
     def interpolate(self, y: Tensor) -> Tensor:
-        """A plain first guess of x: holes filled from coarse to fine, then bicubic enlargement, in
-        which the means of blocks are set to those that were given (worth 0.2 dB)."""
+        """A plain first guess of x: of a noisy photo y itself; else holes filled from coarse to
+        fine, then bicubic enlargement, in which the means of blocks are set to those that were
+        given (worth 0.2 dB)."""
         filled = fill_holes(y, self.mask)
         if self.scale == 1:
             return filled
@@ -412,7 +417,7 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
         third_level, flat = flat_level(energy[third])
         thirds.append(third_level)
         places.append(brightness[third][flat].mean().item())
-    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from all over the photo
+    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from first to last
     patches = pixels[sixteen].view(-1, y.shape[1], side, side)
     products = patches[..., 1:] * patches[..., :-1]
     neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
@@ -424,7 +429,7 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     return Noise(level, thirds, places, neighbour.item(), white, patches, floor)
 
 def cut_squares(y: Tensor, side: int) -> Tensor:
-    """The squares of a photo as a batch; of a large photo some 20,000, from all over it."""
+    """The squares of a photo as a batch; of a large photo 20,000 to 80,000, from all over."""
     step = max(1, int((y.shape[2] * y.shape[3] / 20000) ** 0.5))
     squares = y[0].cpu().unfold(1, side, step).unfold(2, side, step)
     return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
@@ -514,22 +519,24 @@ def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     return task.mse(xhat, y).item() - floor
 
 def hole_side(mask: Tensor) -> int:
-    """The side of a square that is as deep as the mask's holes: 1 if these are scattered pixels, of
-    which up to some 90 % may be missing."""
+    """The side of a square that is about as deep as the mask's holes: 1 if these are scattered
+    pixels, of which up to some 90 % may be missing."""
     depth = 0.0
     reached = mask
     # Known pixels grow by one ring at a time; the mean number of rings is the depth.
     while 0 < reached.mean() < 1:
         depth += ((1 - reached).sum() / (1 - mask).sum()).item()
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
+    # In a square of side S it is S / 6 + 1 / 2. Rounded down, and 1 / 3 less, so that scattered
+    # pixels give 1.
     return max(1, 6 * int(depth) - 5)
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
 # at a time. Of half of the images it is told something, too: some of the pixels, or the means of
 # blocks. So one network draws pictures from nothing, and completes what is known of a picture.
-# With `--dips` it is told of a quarter more, and of these a DIP (section 6). To run it:
-# `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# With `--dips` a quarter of a batch is told a DIP (section 6), and the halves are of the rest. To
+# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -659,7 +666,7 @@ def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
     nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
     tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
              random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    order = torch.randperm(6, generator=gen).tolist()       # in turn, whatever the batch size
+    order = torch.randperm(6, generator=gen).tolist()       # a small batch has fewer parts
     clues = []
     for k, part in zip(order, x0.split(math.ceil(count / 6))):
         clues.append(tasks[k].clue(tasks[k].forward(part), channels))
@@ -689,7 +696,7 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
 
 def keep_loss(eps_loss: Tensor, told: Tensor, t: Tensor, losses: Tensor, clues: Tensor):
     """Move the running means eps_loss[told, t] towards the newest losses, per value that is not
-    known: known pixels have no error, and known means little."""
+    known: a known pixel has no error, and the known mean of a block has little."""
     unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
     rest = losses / unknown.clamp(min=0.01)
     before = eps_loss[told, t]
@@ -718,7 +725,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         state["step"] += 1
         x0, eps, clues = draw_batch(images, state["dips"], config, gen)
         spread = guess_spread(clues).flatten()
-        told = (spread < 0.5).long()
+        told = (spread < GREY_SPREAD).long()
         draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
         t = torch.where(told == 1, draws.amax(dim=0), draws[0])
         mine = slice(rank, None, world)
@@ -727,8 +734,9 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         xt = q_sample(schedule, x0[mine].to(device), t, eps)
         predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
         losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
-        # sigma_t^2 by the square of `error` in UNet.forward: so a missing pixel's correction counts
-        # the same at every t (Karras et al. 2022, eq. 8).
+        # eps errs by what the correction errs, times error / sigma_t (UNet.forward). This weight is
+        # (sigma_t / error)^2 of a missing pixel: so its correction counts the same at every t
+        # (Karras et al. 2022, eq. 8).
         weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad()
         # Processes average their gradients: this weight makes unequal shares count by patches.
@@ -747,7 +755,8 @@ def noise_like(x: Tensor, gens: list) -> Tensor:
     return torch.stack(images).to(x)
 
 def p_sample_loop(model, schedule: NoiseSchedule, xt: Tensor, t: int, gens: list) -> Tensor:
-    """Ho et al. Algorithm 2, from time t: DDIM with all steps and eta 1 (Prop. 1 of report.md)."""
+    """Ho et al. Algorithm 2 from time t, with the posterior's variance: DDIM with all steps and eta
+    1 (Prop. 1 of report.md). The commands skip steps, and call ddim_sample."""
     return ddim_sample(model, schedule, xt, t, t, gens, eta=1.0)
 
 @torch.no_grad()
@@ -860,7 +869,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if in_windows(o, y, task):
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
-        values["tail"] = 0.0            # other targets overfit in a tail
+        values["tail"] = 0.0            # nothing judges there: noise would be learned
     if o.optimiser not in (None, values["optimiser"]):
         values["lr"] = {"muon": 0.05, "adam": 0.01}[o.optimiser]
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
@@ -917,7 +926,7 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
             error = F.avg_pool2d(task.forward(output) - target, scale, ceil_mode=True)
             for dim in (2, 3):
                 loss = loss + (error.diff(dim=dim) ** 2).sum() / error.numel()
-    if o.method == "guide":                                 # RED-diff, Mardani et al. 2024
+    if o.method == "guide":     # RED-diff (Mardani et al. 2024), but always at the input's level
         with torch.no_grad():
             denoised = prior(output + level * torch.randn_like(output), level)
         loss = loss + o.weight * ((output - denoised) ** 2).mean()
@@ -1004,7 +1013,7 @@ def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
     smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
     best = 0
     for k, score in enumerate(scores):
-        if score < scores[best] or math.isinf(scores[best]):
+        if score < scores[best] or math.isinf(scores[best]):    # wmv's are inf at first
             best = k
         elif k - best >= patience:
             return best, True
@@ -1050,11 +1059,11 @@ class Fit:
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
             self.w = None
             for _ in range(steps):
-                z1, level, z2, compared = self.draw_pair(y, task, base, a)
+                z1, level, z2, z2_task = self.draw_pair(y, task, base, a)
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z1, g), level), g)
-                self.learn(fit_loss(o, output, z2, compared, level, self.prior))
+                self.learn(fit_loss(o, output, z2, z2_task, level, self.prior))
                 if not self.windowed:
                     average = average.lerp(output.detach(), self.share())
                 if self.tick:
@@ -1062,7 +1071,7 @@ class Fit:
             if self.windowed:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
-            mse = compared.mse(output, z2).item()
+            mse = z2_task.mse(output, z2).item()
             noise = 0.0 if splits(o, task) else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
@@ -1089,7 +1098,7 @@ class Fit:
 
     def share(self) -> float:
         """What the newest step counts in a running mean: with 5 / step, a mean of about the last
-        fifth of the steps; at least that of the last 100."""
+        fifth of the steps; from step 500 on, with 0.01, of about the last 100."""
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
@@ -1159,7 +1168,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
     for number in range(o.nets):
-        if number == 1 and paired:      # the first learned from pairs, the next see all pixels
+        if number == 1 and paired:
+            # The first learned from pairs, the next see all pixels. They keep the tail, though
+            # their target is plain: in y there is no noise to learn.
             o = replace(o, input="estimate", target="plain", high=2 * o.high)
             rungs = ladder(o)
             start = best.average
@@ -1261,9 +1272,9 @@ def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps=
     grey. Sample i depends on gens[i] alone. clue: of Task.clue, or None: the network is told
     nothing. watch(x0), if given, sees every step.
     """
-    r2 = prior.r2[1]
+    r2 = prior.r2[1]                    # of images of which something is told
     if clue is None:
-        clue = xt[:, :0]
+        clue = xt[:, :0]                # no channels: x_t goes in alone
         r2 = prior.r2[0]
     model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
     join = partial(refine_x0, r2=r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
