@@ -1541,9 +1541,12 @@ def draw_curve(draw, font, index: int, name: str, places: list):
             draw.line(before + place, color, 6)
     if dots and len(places) == 1 and not np.isnan(places).any():
         x, y = places[0]
-        draw.text((x + 14, y), str(index + 1), "black", font, "lm")
+        draw.text((x + 10, y - 10), str(index + 1), "black", font, "lb")
         label = f"{label}  ({index + 1})"
-    draw.line((60, below, 150, below), color, 8)
+    if dots:
+        draw.circle((105, below), 8, color)
+    else:
+        draw.line((60, below, 150, below), color, 8)
     draw.text((170, below), label, "black", font, "lm")
 
 def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
@@ -2256,8 +2259,8 @@ def draw_arms(args, rows: list, gains: dict):
         dots.append((f"{task}: over {group[0]['arm']}"[:90],))
         for arm in group_by(group, "arm"):
             if arm in gains:
-                label = " ".join(arm.replace(f"--task {task}", "").split())
-                dots.append((label[-92:], *gains[arm]))
+                dots.append((arm.replace(f" --task {task}", "")[-92:], *gains[arm]))
+        group = [row | dict(arm=row["arm"].replace(f" --task {task}", "")) for row in group]
         against = [("seconds", "seconds"), ("nfe", "calls of the DDPM")]
         if len({row["t0"] for row in group if row.get("t0")}) > 1:
             against.append(("t0", "t0"))
