@@ -1541,9 +1541,12 @@ def draw_curve(draw, font, index: int, name: str, places: list):
             draw.line(before + place, color, 6)
     if dots and len(places) == 1 and not np.isnan(places).any():
         x, y = places[0]
-        draw.text((x + 14, y), str(index + 1), "black", font, "lm")
+        draw.text((x + 10, y - 10), str(index + 1), "black", font, "lb")
         label = f"{label}  ({index + 1})"
-    draw.line((60, below, 150, below), color, 8)
+    if dots:
+        draw.circle((105, below), 8, color)
+    else:
+        draw.line((60, below, 150, below), color, 8)
     draw.text((170, below), label, "black", font, "lm")
 
 def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
@@ -1761,8 +1764,9 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     save(os.path.join(args.out, "result.png"), to_image(answer))
     columns = min(len(page), 6)
-    if max(answer.shape[2:]) > 256:         # too large to see the noise: the centres, enlarged
-        part = [max(1, 96 * n // max(answer.shape[2:])) for n in answer.shape[2:]]
+    largest = max(answer.shape[2:])
+    if largest >= 128:                      # what differs is small: the centres, enlarged
+        part = [max(1, min(96, 3 * largest // 8) * n // largest) for n in answer.shape[2:]]
         page += [(f"{title}, enlarged", centre(v, part), "") for title, v, _ in page]
     save(os.path.join(args.out, "figure.png"), figure(page, columns))
     save(os.path.join(args.out, "curves.png"), chart)
@@ -1878,13 +1882,28 @@ def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, i
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
     return args.start or t0, steps
 
-def first_xt(args, prior: Prior, start: Tensor, t0: int, gens: list, sigma: float) -> Tensor:
-    """Where each sample begins: at the start, which has noise sigma, noised to t0; or at noise."""
+def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps: int, task: Task,
+                 **join) -> Tensor:
+    """Samples that begin at a start, which has some noise and is noised to t0; or at noise."""
+    gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
-    xt = noised(prior.schedule, channels, t0, gens, sigma)
+    xt = noised(prior.schedule, channels, t0, gens, noise)
     if args.init == "noise":
-        return noise_like(xt, gens)
-    return xt
+        xt = noise_like(xt, gens)
+    eta = 1.0 if args.eta is None else args.eta
+    samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
+    return like_channels(samples, start)
+
+def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -> Tensor:
+    """The control of a join: what a DDPM that is told y makes of it without a DIP, in as many calls
+    and with the same noise. It is the answer of `--init observed`; its seconds do not count."""
+    start, clue = task.interpolate(y), task.clue(y, prior.channels)
+    samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
+    return samples.mean(dim=0, keepdim=True)
+
+def trusted(prior: Prior, task: Task, stage: Stage) -> bool:
+    """Whether a DIP may be the guess that the DDPM is told: it knows DIPs, or R has weighed it."""
+    return prior.knows_dips or (task.scale == 1 and not math.isnan(stage.risk))
 
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
@@ -1892,44 +1911,43 @@ def cmd_sample(args):
     if give_photo_back(args, x, y, task):
         return
     prior = load_prior(args, y.shape[1])
-    gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     start = task.interpolate(y)
     # Noise that is not white is drowned by white noise twice as strong, as where the ladder ends.
     noise = 2 * task.sigma if task.coloured() else task.sigma
     risk = (noise or GUESS) ** 2
     join, panels = {}, []
-    metrics = dict(psnr_dip=None, seconds=0.0, interrupted=False)
+    metrics = dict(psnr_dip=None, psnr_ddpm=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
     guess = None
     if args.init == "dip":
-        stage, _, _, metrics = run_fit(args, y, task, x, prior)
+        stage, _, _, found = run_fit(args, y, task, x, prior)
+        metrics |= found
         start = stage.answer
         noise = 0.0
         panels.append(("DIP", start))
         metrics["psnr_dip"], _ = quality(start, x)
-        judged = not math.isnan(stage.risk)
-        if judged:
+        if not math.isnan(stage.risk):
             risk = stage.risk
-        trusted = prior.knows_dips or (judged and task.scale == 1)      # or R has weighed it
-        if told and trusted and not args.no_guide:
+        if told and trusted(prior, task, stage) and not args.no_guide:
             guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
     if told:
         join["clue"] = task.clue(y, prior.channels, guess)
     t0, steps = start_and_calls(args, prior, risk, told)
-    xt = first_xt(args, prior, start, t0, gens, noise)
     bar = Progress(min(steps, t0), "DDPM")
     rows = []
     join["watch"] = partial(watch_call, bar, rows, x)
-    eta = 1.0 if args.eta is None else args.eta
     try:
         if metrics["interrupted"]:      # in the fit: the DDPM is left out
             raise KeyboardInterrupt
-        samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
-        samples = like_channels(samples, y)
+        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
+        if told and args.init == "dip":
+            alone = ddpm_alone(args, prior, y, t0, steps, task)
+            panels.append(("DDPM alone", alone))
+            metrics["psnr_ddpm"], _ = quality(alone, x)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -1937,7 +1955,7 @@ def cmd_sample(args):
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
     if not metrics["interrupted"]:
-        panels += sample_panels(args, task, samples, mean)
+        panels += sample_panels(args, task, samples, mean, steps)
     elif not panels:
         panels.append(("start", start))
     metrics |= compare_samples(samples, x)
@@ -1946,11 +1964,16 @@ def cmd_sample(args):
     save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
 
-def sample_panels(args, task: Task, samples: Tensor, mean: Tensor) -> list:
-    """What a figure shows of samples: one and their mean, or, where nothing is known, each."""
-    if task.mask.any():
-        return [("DDPM, one sample", samples[:1]), (f"mean of {args.samples}", mean)]
-    return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
+def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -> list:
+    """What a figure shows of samples: one, if it differs from the mean, and their mean; or each,
+    where nothing is known."""
+    if not task.mask.any():
+        return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
+    name = "joined" if args.init == "dip" else "DDPM"
+    panels = [(f"{name}, mean of {args.samples}", mean)]
+    if steps > 1:
+        panels.insert(0, (f"{name}, one sample", samples[:1]))
+    return panels
 
 def sampling_curve(rows: list) -> Image.Image:
     """PSNR of the predicted x_0 against network calls."""
@@ -2157,7 +2180,7 @@ SUITES = {
     "ablation": [f"fit-dip --task denoise:25 --nets 1 {change}" for change in CHANGES],
 }
 COLUMNS = ("psnr ssim seconds stop_iter psnr_oracle psnr_holdout psnr_wmv psnr_emv psnr_dip "
-           "psnr_sample spread nfe t0").split()
+           "psnr_ddpm psnr_sample spread nfe t0").split()
 
 def folder_name(text: str) -> str:
     """A text as the name of a folder; two texts never share one."""
@@ -2236,8 +2259,8 @@ def draw_arms(args, rows: list, gains: dict):
         dots.append((f"{task}: over {group[0]['arm']}"[:90],))
         for arm in group_by(group, "arm"):
             if arm in gains:
-                label = " ".join(arm.replace(f"--task {task}", "").split())
-                dots.append((label[-92:], *gains[arm]))
+                dots.append((arm.replace(f" --task {task}", "")[-92:], *gains[arm]))
+        group = [row | dict(arm=row["arm"].replace(f" --task {task}", "")) for row in group]
         against = [("seconds", "seconds"), ("nfe", "calls of the DDPM")]
         if len({row["t0"] for row in group if row.get("t0")}) > 1:
             against.append(("t0", "t0"))

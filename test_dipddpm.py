@@ -1757,8 +1757,8 @@ def test_progress_is_a_line_now_and_then(monkeypatch, capsys):
 # ---- 9. the commands
 
 FIT_KEYS = {"psnr", "ssim", "psnr_observed", "seconds", "iters", "stop_iter", "risk", "sigma"}
-SAMPLE_KEYS = {"psnr", "ssim", "psnr_observed", "seconds", "psnr_dip", "psnr_mean", "psnr_sample", "t0",
-               "nfe", "seconds_dip", "seconds_ddpm"}
+SAMPLE_KEYS = {"psnr", "ssim", "psnr_observed", "seconds", "psnr_dip", "psnr_ddpm", "psnr_mean", "psnr_sample",
+               "t0", "nfe", "seconds_dip", "seconds_ddpm"}
 
 def outputs(out, keys):
     """The metrics of a command, whose files are all there and whole."""
@@ -1878,7 +1878,18 @@ def test_sample(tmp_path, photo, priors, extra):
     metrics = outputs(tmp_path, SAMPLE_KEYS)
     assert 1 <= metrics["nfe"] <= 3 and metrics["t0"] >= metrics["nfe"]
     assert (metrics["psnr_dip"] is None) == ("--init dip" not in extra or "--observed" in extra)
+    assert (metrics["psnr_ddpm"] is not None) == (extra in ("--init dip", "--init dip --no-guide"))
     assert metrics["seconds"] == pytest.approx(metrics["seconds_dip"] + metrics["seconds_ddpm"])
+
+@pytest.mark.parametrize("task", ["inpaint:0.8", "superres:4"])
+def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, photo, priors, task):
+    """`--init dip` shows what the DDPM alone makes of y: bit for bit the answer of `--init observed`."""
+    flags = ["--image", photo, "--task", task, "--steps", 2, "--samples", 2, "--ckpt", priors / "dip.pt"]
+    assert run("sample", "--init", "dip", *TINY, *flags, "--out", tmp_path / "joined") == 0
+    assert run("sample", "--init", "observed", *flags, "--out", tmp_path / "alone") == 0
+    joined, alone = [outputs(tmp_path / name, SAMPLE_KEYS) for name in ("joined", "alone")]
+    assert joined["psnr_ddpm"] == alone["psnr"]
+    assert (joined["psnr"] == alone["psnr"]) == (task == "inpaint:0.8")     # R leaves nothing of this DIP there
 
 # ---- 9. photos as they are
 
