@@ -1117,6 +1117,11 @@ def test_enlarged_pictures_are_the_mean_with_the_interpolation():
     *stages, last = D.fit_dip(y, task, nets=1, **SMALL)
     assert torch.allclose(last.answer, (stages[-1].answer + task.keep_known(task.interpolate(y), y)) / 2)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5)
+    # Each stage knows every block: none is held out, to be put in at last, unless it is asked for.
+    assert all(torch.allclose(task.forward(stage.average), y, atol=1e-5) for stage in stages)
+    assert math.isnan(last.risk) and "holdout" not in stages[0].scores
+    held = next(D.fit_dip(y, task, nets=1, stop="holdout", **SMALL))
+    assert not torch.allclose(task.forward(held.average), y, atol=1e-3) and "holdout" in held.scores
     *stages, last = D.fit_dip(y, task, nets=1, method="selfdiff", **SMALL)       # theirs as it is
     assert torch.equal(last.answer, stages[-1].answer)
 
@@ -2441,6 +2446,7 @@ fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
 fit-dip P --task superres:4 --turns 0 -> --turns
+fit-dip P --task superres:4 --tail 0.5 -> --tail
 fit-dip P --task superres:4 --target conjugate -> --target
 fit-dip P --weight 2 -> --weight
 fit-dip P --task inpaint:0.5 --hold 0.1 -> --hold
