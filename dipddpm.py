@@ -1219,8 +1219,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
 # counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
 # pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call. A DDPM that was trained on DIPs is always told
-# the DIP: it has learned how far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
+# DDPM's x_0 are averaged by precision at each call (for superres, which has no R, the DIP's error
+# is taken to be GUESS). A DDPM that was trained on DIPs is always told the DIP: it has learned how
+# far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
