@@ -819,7 +819,7 @@ def setting(default, help: str, allowed):
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "what the network sees and aims at", list(METHODS))
-    stop: str = setting("holdout", "the score that picks the answer; fixed: the last stage",
+    stop: str = setting(None, "the score that picks the answer (holdout; superres: fixed, the end)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "of the network", ["observed", "estimate", "fixed"])
     target: str = setting(None, "of the loss", ["conjugate", "plain", "noisy"])
@@ -845,7 +845,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     source, aim = METHODS[o.method]
     if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
         source, aim = "estimate", "plain"
-    o = replace(o, input=o.input or source, target=o.target or aim)
+    o = replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop_rule(task))
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
@@ -876,6 +876,11 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.stop in ("wmv", "emv"):        # these rules look at every step
         return replace(o, rungs=o.iters)
     return replace(o, rungs=min(o.rungs, o.iters))
+
+def stop_rule(task: Task) -> str:
+    """By R; but for superres nothing is held out: R would not see what is finer than the blocks,
+    and the blocks that a fit has not seen stay visible (0.2 dB; BSDS, superres:4)."""
+    return "fixed" if task.scale > 1 else "holdout"
 
 def pixels_of(y: Tensor, task: Task) -> int:
     """The size of x."""
@@ -1150,7 +1155,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
-    settings: the fields of Settings. With stop 'holdout' each network first sees its part of the
+    settings: the fields of Settings. brief: a DDPM goes on from there, so fewer steps are made.
+    tick() is called after each step. With stop 'holdout' each network first sees its part of the
     split; then, from the weights of its best stage on, the last rungs with all of y. prior: a
     trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed with the
     interpolation (`share_of_fit`). FloatingPointError: a loss that is not finite.
@@ -1213,8 +1219,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
 # counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
 # pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call. A DDPM that was trained on DIPs is always told
-# the DIP: it has learned how far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
+# DDPM's x_0 are averaged by precision at each call (for superres, which has no R, the DIP's error
+# is taken to be GUESS). A DDPM that was trained on DIPs is always told the DIP: it has learned how
+# far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
@@ -2473,8 +2480,11 @@ def refuse_idle_flags(args):
     method = args.method or "staged"
     source = args.input or METHODS[method][0]
     aim = args.target or METHODS[method][1]
-    if name == "superres" and aim == "conjugate":
-        aim = "plain"                   # here there is no pair
+    stop = args.stop or "holdout"
+    if name == "superres":
+        stop = args.stop or "fixed"
+        if aim == "conjugate":
+            aim = "plain"               # here there is no pair
     settings = [f.name for f in fields(Settings)]
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
@@ -2488,7 +2498,7 @@ def refuse_idle_flags(args):
         (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
         (source == "fixed" and method == "adapt", ["input"], "as fixed: a DDPM cannot denoise z"),
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
-        (args.stop not in (None, "holdout"), ["hold", "tail"], "without --stop holdout"),
+        (stop != "holdout", ["hold", "tail"], "without --stop holdout"),
         (method == "adapt", ["width", "depth"], "with --method adapt"),
         (method != "guide", ["weight"], "without --method guide"),
         (prior_path(args) is None, ["ckpt"], "without --method adapt or guide"),

@@ -1117,6 +1117,11 @@ def test_enlarged_pictures_are_the_mean_with_the_interpolation():
     *stages, last = D.fit_dip(y, task, nets=1, **SMALL)
     assert torch.allclose(last.answer, (stages[-1].answer + task.keep_known(task.interpolate(y), y)) / 2)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5)
+    # Each stage knows every block: none is held out, to be put in at last, unless it is asked for.
+    assert all(torch.allclose(task.forward(stage.average), y, atol=1e-5) for stage in stages)
+    assert math.isnan(last.risk) and "holdout" not in stages[0].scores
+    held = next(D.fit_dip(y, task, nets=1, stop="holdout", **SMALL))
+    assert not torch.allclose(task.forward(held.average), y, atol=1e-3) and "holdout" in held.scores
     *stages, last = D.fit_dip(y, task, nets=1, method="selfdiff", **SMALL)       # theirs as it is
     assert torch.equal(last.answer, stages[-1].answer)
 
@@ -1276,7 +1281,7 @@ def test_windows_without_noise(windows, scale):
     known = (torch.rand(1, 1, 64, 64, generator=D.stream(0, D.OBSERVE)) > 0.5).float()
     task = D.Task("free", 0.0, scale, known if scale == 1 else torch.tensor(1.0))
     y = task.forward(x)
-    *_, last = D.fit_dip(y, task, iters=120, **WINDOWS)
+    *_, last = D.fit_dip(y, task, iters=120, stop="holdout", **WINDOWS)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5) and last.answer.shape == x.shape
     _, seen_task, judge = D.hold_out(y, task, D.stream(0, D.FIT))
     assert 0 < last.risk < judge(0 * x)
@@ -1299,7 +1304,7 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
         assert metrics["iters"] == 4 and (metrics["psnr"] is None) == ("--observed" in words)
-        assert (metrics["risk"] is None) == ("wmv" in words)
+        assert (metrics["risk"] is None) == ("wmv" in words or "superres" in " ".join(words))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
         both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
         assert (Image.open(tmp_path / f"{n}" / "curves.png").size[1] > 900) == both
@@ -2441,6 +2446,7 @@ fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
 fit-dip P --task superres:4 --turns 0 -> --turns
+fit-dip P --task superres:4 --tail 0.5 -> --tail
 fit-dip P --task superres:4 --target conjugate -> --target
 fit-dip P --weight 2 -> --weight
 fit-dip P --task inpaint:0.5 --hold 0.1 -> --hold
