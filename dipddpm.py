@@ -845,7 +845,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     source, aim = METHODS[o.method]
     if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
         source, aim = "estimate", "plain"
-    o = replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop_rule(task))
+    o = replace(o, input=o.input or source, target=o.target or aim)
+    o = replace(o, stop=o.stop or stop_rule(task))
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
@@ -1773,7 +1774,8 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     columns = min(len(page), 6)
     largest = max(answer.shape[2:])
     if largest >= 128:                      # what differs is small: the centres, enlarged
-        part = [max(1, min(96, 3 * largest // 8) * n // largest) for n in answer.shape[2:]]
+        side = min(96, 3 * largest // 8)
+        part = [max(1, side * n // largest) for n in answer.shape[2:]]
         page += [(f"{title}, enlarged", centre(v, part), "") for title, v, _ in page]
     save(os.path.join(args.out, "figure.png"), figure(page, columns))
     save(os.path.join(args.out, "curves.png"), chart)
