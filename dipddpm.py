@@ -1152,6 +1152,12 @@ class Fit:
                 break
         self.judged.load_state_dict(weights)
 
+    def tail(self, task: Task, rungs: list) -> list:
+        """The rungs that see all of y; none, if R was best before the last tenth of the steps: a
+        fit that overfits the noise of a part of y overfits that of y, where R does not see it."""
+        overfits = self.best.step < 0.9 * self.step
+        return [] if overfits and task.sigma > 0 else rungs
+
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
@@ -1192,7 +1198,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answer = best.average
         if fit.windowed:                # this look is the tail: it sees all of y
             answer = fit.look(y, task, answer, turns=4)
-        for stage in fit.descend(y, task, rungs[watched:], answer):
+        for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         answers.append(task.keep_known(answer, y))
@@ -1215,14 +1221,14 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
-# nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
-# calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
-# counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
-# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call (for superres, which has no R, the DIP's error
-# is taken to be GUESS). A DDPM that was trained on DIPs is always told the DIP: it has learned how
-# far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and its first call
+# is its answer: the mean of all that x may be. (More calls draw one of these: `--steps 20`.) If it
+# is told nothing of this photo, it begins where the noise just hides the DIP's error. If it is told
+# y, it begins with so much noise that the start hardly counts, and the DIP comes in a second time.
+# Where R has seen pixels, as with holes, it is the guess that the DDPM is told; elsewhere it and
+# the DDPM's x_0 are averaged by precision at each call (for superres, which has no R, the DIP's
+# error is taken to be GUESS). A DDPM that was trained on DIPs is always told the DIP: it has
+# learned how far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
@@ -1876,16 +1882,15 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
 def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
     """(t0, network calls) of a sampling, where the command line does not say them.
 
-    The start rule hides the error of the start, and twenty calls follow. A network that is told y
-    may start with more noise: of the start it needs less, and one call answers with the mean of
-    all that could be.
+    The start rule hides the error of the start; a network that is told y may start with more noise,
+    since of the start it needs less. From a start one call answers with the mean of all that could
+    be. From noise twenty calls draw samples.
     """
     t0 = min(prior.schedule.start_t(DIP_START ** 2 if told else risk), prior.t_max)
+    steps = 1
     if args.init == "noise":
         t0 = prior.schedule.T
-    steps = 20
-    if told and args.init != "noise":
-        steps = 1
+        steps = 20
     steps = args.steps or steps
     if steps == 1 and args.eta is not None:
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
@@ -1952,11 +1957,12 @@ def cmd_sample(args):
     try:
         if metrics["interrupted"]:      # in the fit: the DDPM is left out
             raise KeyboardInterrupt
-        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         if told and args.init == "dip":
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.append(("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
+            bar.begin = time.monotonic()            # this control is not in the clock
+        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
         metrics["interrupted"] = True
@@ -2439,7 +2445,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
     add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 2")
-    add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
+    add("--steps", type=partial(whole, 1000), help="calls, at most (1; from noise 20)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
     add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
     add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")

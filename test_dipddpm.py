@@ -1204,9 +1204,19 @@ def test_the_tail_goes_on_from_the_best_stage(monkeypatch):
     monkeypatch.setattr(D.Fit, "descend", spy)
     scores = itertools.chain([3.0, 1.0], itertools.repeat(2.0))
     monkeypatch.setattr(D, "held_out_risk", lambda *args: next(scores))
-    assert len(list(D.fit_dip(with_noise(smooth_image(12)), NOISY, nets=1, tail=0.25, **SMALL))) == 13
+    y = HOLES.forward(smooth_image(12))
+    assert len(list(D.fit_dip(y, HOLES, nets=1, tail=0.25, **SMALL))) == 13
     (weights, average), (best, estimate) = begun[1], left[1]
     assert torch.equal(average, estimate) and all(torch.equal(weights[name], best[name]) for name in best)
+
+@pytest.mark.parametrize("best_rung, tail", [(8, False), (9, True)])
+def test_with_noise_only_a_fit_that_ends_at_its_best_has_a_tail(best_rung, tail, monkeypatch):
+    """Another would learn there the noise of y, unseen by R: it answers with its best estimate."""
+    scores = itertools.count()              # R is asked twice at each rung
+    monkeypatch.setattr(D, "held_out_risk", lambda *args: abs(next(scores) // 2 - best_rung + 1.0))
+    *stages, last = D.fit_dip(with_noise(smooth_image(12)), NOISY, nets=1, tail=0.25, **SMALL)
+    assert last.stop_step == 2 * best_rung and len(stages) == (12 if tail else 9)
+    assert torch.equal(last.answer, stages[-1 if tail else best_rung - 1].average)
 
 def test_a_fit_ends_when_its_patience_does(monkeypatch):
     monkeypatch.setattr(D, "PATIENCE", 10)
@@ -2008,7 +2018,7 @@ def test_sample_drowns_noise_that_is_not_white(tmp_path, priors, monkeypatch):
 # ---- 9. the commands
 
 def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, priors):
-    """Untold, the start rule and 20 calls; told, the level 2 and one call; flags go first."""
+    """Untold, the start rule; told, the level 2; one call each; flags go first. From noise 20 calls."""
     prior = D.Prior(load(priors / "dip.pt"))
     flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
@@ -2022,6 +2032,8 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
         assert metrics["t0"] == (9 if 9 in extra else rule)
         assert metrics["nfe"] == (extra[-1] if given_steps else 1)
     assert run(*flags, "--init", "observed", "--no-clue") == 0
+    assert read_json(tmp_path / "metrics.json")["nfe"] == 1
+    assert run(*flags, "--ckpt", priors / "none.pt") == 0
     assert read_json(tmp_path / "metrics.json")["nfe"] == 20
 
 @pytest.mark.parametrize("kind, mode", [("none.pt", "RGB"), ("grey/none.pt", "L")])
