@@ -1153,9 +1153,9 @@ class Fit:
         self.judged.load_state_dict(weights)
 
     def tail(self, task: Task, rungs: list) -> list:
-        """The rungs that see all of y; none, if R was best before the last tenth of the steps: a
-        fit that overfits the noise of a part of y overfits that of y, where R does not see it."""
-        overfits = self.best.step < 0.9 * self.step
+        """The rungs that see all of y; none, if R was best before the last 15 % of the steps: a fit
+        that overfits the noise of a part of y overfits that of y, where R does not see it."""
+        overfits = self.best.step < 0.85 * self.step
         return [] if overfits and task.sigma > 0 else rungs
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,

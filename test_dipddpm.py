@@ -1209,7 +1209,7 @@ def test_the_tail_goes_on_from_the_best_stage(monkeypatch):
     (weights, average), (best, estimate) = begun[1], left[1]
     assert torch.equal(average, estimate) and all(torch.equal(weights[name], best[name]) for name in best)
 
-@pytest.mark.parametrize("best_rung, tail", [(8, False), (9, True)])
+@pytest.mark.parametrize("best_rung, tail", [(7, False), (8, True)])
 def test_with_noise_only_a_fit_that_ends_at_its_best_has_a_tail(best_rung, tail, monkeypatch):
     """Another would learn there the noise of y, unseen by R: it answers with its best estimate."""
     scores = itertools.count()              # R is asked twice at each rung
