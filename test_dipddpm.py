@@ -1313,7 +1313,8 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
         flags += [] if "adapt" in words else ["--width", 4, "--depth", 2]
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
-        assert metrics["iters"] == 4 and (metrics["psnr"] is None) == ("--observed" in words)
+        assert metrics["iters"] in (3, 4)       # 3: R was best before, so there is no tail
+        assert (metrics["psnr"] is None) == ("--observed" in words)
         assert (metrics["risk"] is None) == ("wmv" in words or "superres" in " ".join(words))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
         both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
@@ -1473,9 +1474,11 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
     _, y, task = observed(*flags, *words)
     assert run(*flags, *words) == 0
     plain = task.interpolate(y)
-    assert torch.equal(clues[0][:, :3], answers[-1] if told else plain)
-    assert torch.allclose(task.forward(clues[0][:, :3]), y, atol=1e-6)
-    assert (joins[0] is not None) == joined and not torch.equal(answers[-1], plain)
+    assert torch.equal(clues[-1][:, :3], answers[-1] if told else plain)
+    assert torch.allclose(task.forward(clues[-1][:, :3]), y, atol=1e-6)
+    assert (joins[-1] is not None) == joined and not torch.equal(answers[-1], plain)
+    if len(clues) == 2:                 # the control comes first, and sees no DIP
+        assert torch.equal(clues[0][:, :3], plain) and joins[0] is None
 
 def test_sample_i_does_not_depend_on_the_batch_size():
     torch.manual_seed(0)
@@ -2101,17 +2104,18 @@ def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, prio
     metrics = outputs(tmp_path, SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
 
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("init", ["observed", "dip"])
-def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypatch, call, init):
-    """Of a grey photo, too: the plain first guess, or the DIP's answer, is the result."""
+@pytest.mark.parametrize("init, call, made", [("observed", 1, 0), ("observed", 2, 1), ("dip", 2, 0),
+                                              ("dip", 5, 0), ("dip", 6, 1)])
+def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypatch, init, call, made):
+    """Of a grey photo, too: the plain first guess, or the DIP's answer, is the result. With a DIP the
+    first four calls are those of the control."""
     D.to_image(smooth_image(channels=1)).save(photo)
     monkeypatch.setattr(D, "predict_x0", interrupt_at(call, D.predict_x0))
     flags = ["--image", photo, "--task", "superres:4", *(TINY if init == "dip" else [])]
     assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--steps", 4,
                "--out", tmp_path / "cut") == 130
     metrics = outputs(tmp_path / "cut", SAMPLE_KEYS)
-    assert metrics["interrupted"] is True and metrics["nfe"] == call - 1
+    assert metrics["interrupted"] is True and metrics["nfe"] == made
     if init == "dip":
         assert run("fit-dip", *flags, "--out", tmp_path / "dip") == 0
         want = Image.open(tmp_path / "dip" / "result.png")
