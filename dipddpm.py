@@ -1150,12 +1150,14 @@ class Fit:
             yield stage
             if ended:
                 break
+        self.rise = scores[-1] - scores[best_rung]      # of R, after its best
         self.judged.load_state_dict(weights)
 
     def tail(self, task: Task, rungs: list) -> list:
-        """The rungs that see all of y. None if y is noisy and R was best before the last 15 % of
-        the steps: a fit that overfits the noise it sees would overfit all of y, unseen by R."""
-        overfits = self.best.step < 0.85 * self.step
+        """The rungs that see all of y. None if y is noisy and R has risen since its best by more
+        than sigma^2 / 200: such a fit learns the noise that it sees, and would learn that of all of
+        y, where R does not see it (chosen on BSDS photos)."""
+        overfits = self.rise > task.sigma ** 2 / 200
         return [] if overfits and task.sigma > 0 else rungs
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
