@@ -14,9 +14,9 @@ Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where
     A, A^+         what the observation kept of the image, and its pseudo-inverse
     abar_t         the signal's share: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     sigma_t        sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
-    eps, n; w      white noise of level 1; fresh noise of the level that y has
-    a              a rung of the ladder; z1 = y + a w and z2 = y - w / a are its conjugate pair
-    R, r_t^2       mean squared error of the DIP (held-out risk) and of the DDPM's x_0 at time t
+    eps, n; w      white noise of level 1; w: fresh noise of the level that the noise of y has
+    a              the noise of a rung; its conjugate pair is z1 = y + a w and z2 = y - w / a
+    R; r_t^2       estimated mean squared error of the DIP (held-out risk); of the DDPM's x_0 at t
 """
 import argparse
 import contextlib
@@ -38,8 +38,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-# Before torch is loaded: a waiting thread spins for a moment and then sleeps, so that a busy
-# machine does not stall a fit; and sums are taken in one order: the same seed, the same bytes.
+# Set before torch is loaded: waiting threads spin for a moment, then sleep, so that a busy machine
+# does not stall a fit; and MKL adds up in one order, so that the same seed gives the same bytes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -57,9 +57,9 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(5 * seed + purpose)
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) --------------------------------
-# Noise is added to an image in T small steps; their sum has a closed form, so that x_t is drawn in
-# one. Divided by sqrt(abar_t) it is x_0 + sigma_t eps: a photo with white noise of level sigma is
-# itself such an x_t, at the t where sigma_t = sigma. That is the hinge between the two methods.
+# Noise is added to an image in T small steps. Their sum has a closed form, so x_t is drawn in one.
+# x_t / sqrt(abar_t) is x_0 + sigma_t eps, which is what a photo with white noise is: one with noise
+# of level sigma belongs to the t where sigma_t = sigma. That is the hinge between the two methods.
 
 class NoiseSchedule:
     """betas, abar and sigma for t = 0..T: float64, T + 1 of each; at t = 0 there is no noise.
@@ -83,7 +83,7 @@ class NoiseSchedule:
         self.sigma = ((1 - self.abar) / self.abar).sqrt()
 
     def start_t(self, mse: float) -> int:
-        """The start rule: the smallest t >= 1 whose noise hides an error of this mean square."""
+        """The start rule: the smallest t >= 1 with sigma_t^2 >= mse, whose noise hides it."""
         t = int(torch.searchsorted(self.sigma, math.sqrt(max(mse, 0.0))))
         return min(max(t, 1), self.T)
 
@@ -121,8 +121,8 @@ def conv_block(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Module:
 class SkipNet(nn.Module):
     """The DIP's hourglass with skip connections (Ulyanov et al. 2018); 128k parameters.
 
-    forward(x): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. A noise level may be
-    given, as to the DDPM; it is not used.
+    forward(x): N x cin x H x W of any size to N x cout x H x W in [-1, 1]. It takes a noise level
+    only so that it can be called as a Prior is, and does not use it.
     """
     def __init__(self, cin=3, cout=3, width=32, depth=4, skip=16):
         super().__init__()
@@ -176,9 +176,9 @@ class UNet(nn.Module):
     """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
     told of y it is eps_theta(x_t, t, y) (Saharia et al. 2022).
 
-    forward(x, t): x_t, N x channels x H x W of any size; int64 t of length N; to the noise eps in
-    x_t, of its shape. If it is told of y, a clue follows the channels of x_t: a guess of x, and in
-    one channel the share of each pixel that y knows, 0 to 1 (section 3, Task.clue).
+    forward(x, t) gives the noise eps in x_t, in the shape of x_t. x holds x_t, N x channels x H x W
+    of any size; t: N of int64. If it is told of y, a clue follows, in further channels: a guess of
+    x, and in one channel the share of each pixel that y knows, 0 to 1 (section 3, Task.clue).
     """
     def __init__(self, channels=3, width=48, mults=(1, 2, 3), schedule="linear"):
         super().__init__()
@@ -203,13 +203,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps, by way of x_0: the network corrects a line (Karras et al. 2022, eq. 7).
+        """eps, by way of x_0, which is a line plus a correction (Karras et al. 2022, eq. 7).
 
-        Two estimates of x_0 are at hand: z = x_t / sqrt(abar_t), which errs by sigma_t, and the
-        guess (a DIP, or the interpolation), which errs by about its spread. Their mean by precision
-        is the line, and `error` is how far it should be off. The network only says how many of
-        these errors are to be added. Where nothing is told, the guess is 0, and line = c_skip z and
-        error = c_out of eq. 7, with sigma_data = GREY_SPREAD.
+        Two estimates of x_0 are at hand: z = x_t / sqrt(abar_t), with an error of level sigma_t,
+        and the guess (a DIP, or the interpolation), with one of about its spread. Their mean by
+        precision is the line, and `error` is the level of the line's error. The network only says
+        how many times `error` is to be added. Where nothing is told, the guess is 0, and line =
+        c_skip z and error = c_out of eq. 7, with sigma_data = GREY_SPREAD.
         """
         if x.shape[1] == self.channels:                                       # no clue: zeros
             x = F.pad(x, (0, 0, 0, 0, 0, self.channels + 1))
@@ -263,14 +263,14 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
     return torch.cat(rows, dim=2)
 
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
-# The clean image x is seen through A, which hides pixels or averages them, and through noise. The
-# end of the section splits an observation in two: one part to fit, one to judge the fit by. That
-# judgement, R, is all that is known of the error of a fit. At a first reading skip from `Noise` to
-# `hold_out`: what lies between finds the noise of a real photo, and no lesson needs it.
+# A hides pixels of the clean image x, or averages them; there may be noise, too. The end of the
+# section splits an observation in two parts: one is fitted, and the other judges the fit. What the
+# judge says, R, is all that is known of the error of a fit. At a first reading skip from the class
+# `Noise` to `hold_out`: what lies between finds the noise of a photo, and no lesson needs it.
 
 @dataclass
 class Task:
-    """What an observation kept of the image: A averages s x s pixels and hides those of the mask.
+    """What an observation kept of the image: A averages s x s pixels, then hides where mask is 0.
 
     Either there is noise (denoise: sigma > 0, scale 1, no mask), or there is none (inpaint: a mask;
     superres: scale > 1).
@@ -322,11 +322,11 @@ class Task:
         return self.mask.to(y).expand(len(y), 1, *y.shape[2:])
 
     def keep_known(self, x: Tensor, y: Tensor) -> Tensor:
-        """What was given without noise comes back as it was given."""
+        """x with what y knows of it put back, as y gives it; or x itself, if y is noisy."""
         return x if self.sigma > 0 else self.project(x, y)
 
     def mse(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of (A x - y)^2 over the known pixels; elsewhere y is 0."""
+        """The mean of (A x - y)^2 over the known pixels; y must be 0 elsewhere, as A x is."""
         error = (self.forward(x) - y) ** 2
         return error.mean() / self.mask.mean().clamp(min=1e-9)
 
@@ -356,17 +356,17 @@ class Noise:
     thirds: list            # the same for the dark, the middle and the bright third of the photo
     brightness: list        # of these places, in [-1, 1]
     neighbour: float        # correlation of a pixel's noise with its neighbour's
-    white: bool             # whether one level tells all
-    patches: Tensor         # the flattest places, without their slope: K x C x side x side
-    floor: float = 0.0      # the level of what flat places do not show
+    white: bool             # whether its level alone describes it
+    patches: Tensor         # the flattest places, minus mean and slope: K x C x side x side
+    floor: float = 0.0      # the level of a JPEG's own error, which flat places do not show
 
     def strength(self) -> float:
         """The level that a fit has to reckon with."""
         return max(self.level, self.floor)
 
     def level_at(self, image: Tensor) -> Tensor:
-        """The level for each pixel of an image, by its brightness. A third without flat places
-        shows too much, and may count twice the level at most."""
+        """The level for each pixel of an image, by its brightness. A third that has no flat places
+        looks too noisy: it counts as twice the level at most."""
         if self.white:
             return torch.tensor(self.strength())
         levels = np.clip(self.thirds, self.strength(), 2 * self.strength())
@@ -391,9 +391,9 @@ class Noise:
 def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     """Look for the noise of a photo, 1 x C x H x W, where it is flat.
 
-    The flattest twentieth of squares, each without its mean and slope, are taken for noise. They
-    are not enough to know the level to some percent. estimate_sigma is that exact, but for white
-    noise only, which has the same level on every second pixel; correlated noise has more there.
+    The flattest twentieth of all squares, each minus its mean and slope, is taken for noise. That
+    does not give the level to some percent. estimate_sigma does, but for white noise only; so it is
+    asked about every second pixel as well: white noise has the same level there, other noise more.
     """
     squares = cut_squares(y, min(16, *y.shape[2:]))
     whole = (squares.abs() > 0.98).float().mean(dim=(1, 2, 3)) < 0.05       # hardly clipped
@@ -457,11 +457,11 @@ def estimate_sigma(y: Tensor) -> float:
     return rest.mean().sqrt().item()
 
 def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
-    """What a fit removed and is stronger than the noise was detail: it comes back.
+    """Put back what a fit removed where that is stronger than the noise: it was detail.
 
-    In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus what is
-    missing in xhat; if these are independent, the Wiener filter keeps 1 - level^2 / mean square of
-    it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
+    In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus the detail
+    that xhat lacks. If these two are independent, the Wiener filter keeps 1 - level^2 / mean square
+    of it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
     """
     removed = y - xhat
     energy = (removed ** 2).mean(dim=1, keepdim=True)
@@ -474,9 +474,9 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
 def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tuple:
     """Split y before the fit: (what the fit sees, its task, and the judge of a fit, xhat -> R).
 
-    With noise y + a w is fitted, and y - w / a judges; given x the two are uncorrelated, whatever
-    covariance noise and w share (Pang et al. 2021; Oliveira et al. 2021). Without, a tenth of the
-    known pixels judge, in squares as deep as the holes.
+    With noise, y + a w is fitted and y - w / a judges. Given x the two are uncorrelated, if w has
+    the covariance of y's noise, whatever that is (Pang et al. 2021; Oliveira et al. 2021). Without
+    noise a tenth of the known pixels judges, in squares that are as deep as the holes.
     """
     if task.sigma > 0:
         w = task.draw(y, gen)
@@ -493,17 +493,17 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     return y * seen, replace(task, mask=seen), judge
 
 def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
-    """A lot in 0..1 for each known pixel of N x 1 x H x W, the same for all pixels of a square."""
+    """Lots for N x 1 x H x W pixels: a random number in 0..1 for each square; 2 where unknown."""
     count, _, height, width = known.shape
     squares = torch.rand((count, 1, height // side + 1, width // side + 1), generator=gen)
     lots = F.interpolate(squares.to(known), scale_factor=float(side))[..., :height, :width]
     return torch.where(known > 0, lots, 2.0)
 
 def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
-    """The pair of an observation with holes: (what is seen, its holes filled; the rest's task).
+    """The pair where y has holes: (the seen pixels, interpolated; the task of the hidden pixels).
 
-    A known pixel is hidden with probability a^2 / (1 + a^2): of what y knows, that is the share
-    that z2 = y - w / a has. Squares are hidden that are as deep as the holes.
+    A known pixel is hidden with probability a^2 / (1 + a^2): with noise, z2 = y - w / a has this
+    share of what y knows. The hidden pixels form squares that are as deep as the holes.
     """
     mask = task.known(y)
     hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
@@ -513,30 +513,30 @@ def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generato
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
 
-    xhat may be any image that was made without that part (Theorem 4 of report.md). What R itself
-    chooses, the best stage or a share, makes it lean low, by little.
+    xhat may be any image that was made without that part (Theorem 4 of report.md). If R itself was
+    used to choose it, as the best stage or by a share, R comes out too low, but only by little.
     """
     return task.mse(xhat, y).item() - floor
 
 def hole_side(mask: Tensor) -> int:
-    """The side of a square that is about as deep as the mask's holes: 1 if these are scattered
-    pixels, of which up to some 90 % may be missing."""
+    """The side of a square that is about as deep as the mask's holes. It is 1 where the holes are
+    scattered pixels, as long as these are no more than some 90 % of all."""
     depth = 0.0
     reached = mask
     # Known pixels grow by one ring at a time; the mean number of rings is the depth.
     while 0 < reached.mean() < 1:
         depth += ((1 - reached).sum() / (1 - mask).sum()).item()
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
-    # In a square of side S it is S / 6 + 1 / 2. Rounded down, and 1 / 3 less, so that scattered
-    # pixels give 1.
+    # A square of side S has the depth S / 6 + 1 / 2. This is solved for S, with the depth rounded
+    # down and then lowered by 1 / 3, so that scattered pixels give 1.
     return max(1, 6 * int(depth) - 5)
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
-# at a time. Of half of the images it is told something, too: some of the pixels, or the means of
-# blocks. So one network draws pictures from nothing, and completes what is known of a picture.
-# With `--dips` a quarter of a batch is told a DIP (section 6), and the halves are of the rest. To
-# run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
+# at a time. For half of the training images the network is told something, too: some of the pixels,
+# or the means of blocks. So one network draws pictures from nothing, and completes those known in
+# part. With `--dips` a quarter of a batch is told a DIP (section 6); the halves are of the rest.
+# To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
     """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
@@ -556,7 +556,7 @@ class Prior(nn.Module):
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.schedule = self.model.schedule
-        # Times that were not trained count as unknown: an eps of no information has loss 1.
+        # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
         total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
         share = F.avg_pool1d(seen, 31, stride=1, padding=15)
@@ -573,7 +573,7 @@ class Prior(nn.Module):
         return like_channels(x0, z)
 
 def like_channels(x: Tensor, given: Tensor) -> Tensor:
-    """A colour answer to a grey question is grey: the mean of its channels."""
+    """x, or, if `given` is grey, the mean of its channels: a grey question has a grey answer."""
     return x.mean(dim=1, keepdim=True) if given.shape[1] == 1 else x
 
 class Muon(torch.optim.Optimizer):
@@ -705,11 +705,11 @@ def keep_loss(eps_loss: Tensor, told: Tensor, t: Tensor, losses: Tensor, clues: 
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
     """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
 
-    t is uniform on 1..t_max. Of an image of which something is told, the larger of two draws is
-    taken: with more noise the clue counts for more.
+    t is uniform on 1..t_max. For an image of which something is told, t is the larger of two such
+    draws, since the clue matters more where there is more noise.
 
-    images: uint8 C x H x W. state holds all that a step changes, so that a run goes on bit for bit.
-    Of `world` processes, this one takes patches rank, rank + world, and so on, of each batch.
+    images: uint8 C x H x W. state holds all that a step changes, so a resumed run goes on bit for
+    bit. Of `world` processes, this one takes patches rank, rank + world, and so on, of each batch.
     """
     config = state["config"]
     device = next(model.parameters()).device
@@ -734,12 +734,12 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         xt = q_sample(schedule, x0[mine].to(device), t, eps)
         predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
         losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
-        # eps errs by what the correction errs, times error / sigma_t (UNet.forward). This weight is
-        # (sigma_t / error)^2 of a missing pixel: so its correction counts the same at every t
-        # (Karras et al. 2022, eq. 8).
+        # The error of eps is that of the correction, times error / sigma_t (UNet.forward). The
+        # weight is (sigma_t / error)^2, as of a missing pixel: so an error of the correction counts
+        # the same at every t (Karras et al. 2022, eq. 8).
         weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad()
-        # Processes average their gradients: this weight makes unequal shares count by patches.
+        # Processes average their gradients; the factor world / batch makes all patches count alike.
         ((weights * losses).sum() * world / batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
@@ -792,10 +792,10 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
-# A camera's noise is not white as w is. At frequencies where w is stronger than all of y, the best
-# network would turn the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S is the power
-# of y and W^2 that of w. This is never below -1 / a^2, so a large a makes it harmless: for a
-# camera's noise the ladder ends at a = 2.
+# A camera's noise is not white, but w is. At frequencies where w is stronger than all of y, the
+# best linear network would flip the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S
+# is the power of y and W^2 that of w. The gain is never below -1 / a^2, so a large a makes this
+# harmless: for a camera's noise the ladder ends at a = 2.
 
 METHODS = {     # what the network sees, and what its output is compared with
     "staged": ("observed", "conjugate"),    # ours: z1 = y + a w and z2 = y - w / a, while a falls
@@ -807,9 +807,9 @@ METHODS = {     # what the network sees, and what its output is compared with
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
-WHOLE_PIXELS = 800 ** 2         # of those larger still a step sees windows, in bounded memory
-WINDOW = 64                     # the side of each of its 16, in pixels
-PATIENCE = 1000                 # steps without a better score that end a fit
+WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
+WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
+PATIENCE = 1000                 # a fit ends after so many steps without a better score
 
 def setting(default, help: str, allowed):
     """A field that is a flag, too: one of a list, or a number from low to high."""
@@ -821,21 +821,21 @@ class Settings:
     method: str = setting("staged", "what the network sees and aims at", list(METHODS))
     stop: str = setting(None, "the score that picks the answer (holdout; superres: fixed, the end)",
                         ["holdout", "wmv", "emv", "fixed"])
-    input: str = setting(None, "of the network", ["observed", "estimate", "fixed"])
-    target: str = setting(None, "of the loss", ["conjugate", "plain", "noisy"])
+    input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
+    target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
     iters: int = setting(None, "steps of each network", (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
     lr: float = setting(None, "learning rate", (1e-9, 10))
     width: int = setting(32, "channels of the hourglass", (1, 1024))
     depth: int = setting(4, "levels of the hourglass", (1, 8))
-    high: float = setting(None, "first rung of noise, in units of sigma, or of 0.2", (1e-3, 100))
-    low: float = setting(None, "last rung of noise, in the same units", (1e-3, 100))
+    high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2", (1e-3, 100))
+    low: float = setting(None, "noise of the last rung, in the same units", (1e-3, 100))
     rungs: int = setting(None, "stages of each network", (1, 10 ** 7))
-    fresh: int = setting(1, "draw new noise in each step (1) or in each rung (0)", (0, 1))
-    turns: int = setting(1, "turn and mirror the conjugate pair (1) or not (0)", (0, 1))
+    fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
+    turns: int = setting(1, "1: turn and mirror the conjugate pair; 0: do not", (0, 1))
     loss: str = setting("squares", "gradient: edges count, too", ["squares", "gradient"])
-    weight: float = setting(1.0, "of what method guide adds to the loss", (0, 1e6))
+    weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
@@ -870,7 +870,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if in_windows(o, y, task):
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
-        values["tail"] = 0.0            # nothing judges there: noise would be learned
+        values["tail"] = 0.0            # it needs a judge and a pair: else it would learn the noise
     if o.optimiser not in (None, values["optimiser"]):
         values["lr"] = {"muon": 0.05, "adam": 0.01}[o.optimiser]
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
@@ -879,8 +879,8 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     return replace(o, rungs=min(o.rungs, o.iters))
 
 def stop_rule(task: Task) -> str:
-    """By R; but for superres nothing is held out: R would not see what is finer than the blocks,
-    and the blocks that a fit has not seen stay visible (0.1 to 0.5 dB; CBSD68)."""
+    """By R. But for superres no blocks are held out: R would not see what is finer than blocks, and
+    those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB lost; CBSD68)."""
     return "fixed" if task.scale > 1 else "holdout"
 
 def pixels_of(y: Tensor, task: Task) -> int:
@@ -953,20 +953,20 @@ def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
 @dataclass
 class Stage:
     """What a rung of the ladder leaves behind. Images are N x C x H x W, in [-1, 1]."""
-    step: int                       # how many the network has made; from fit_dip, of all networks
+    step: int                       # steps made by the network; as fit_dip gives it, by all of them
     level: float                    # the noise in the network's input, in units of [-1, 1]
-    input: Tensor                   # what the network saw, gave, and was compared with at last
-    output: Tensor
-    target: Tensor                  # in the domain of y
+    input: Tensor                   # what the network saw in the last step of the rung
+    output: Tensor                  # what it made of that
+    target: Tensor                  # what this was compared with, in the domain of y
     mse: float                      # of the output to the target
     average: Tensor                 # the running mean of the outputs: the estimate
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
-    answer: Tensor | None = None    # the mean of the networks done; of the first, its best so far;
+    answer: Tensor | None = None    # the mean of the networks done; until then, the first's best;
                                     # at last, without noise, its mean with the interpolation
-    risk: float = math.nan          # R of the answer, before it saw what was held out
-    stop_step: int = 0              # where the newest network was best
+    risk: float = math.nan          # R of the answer as it was before it saw what was held out
+    stop_step: int = 0              # the step at which the newest network was best
 
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
@@ -977,16 +977,16 @@ def newest_hurts(judge, blind: list[Tensor]) -> bool:
     return judge(mean_image(blind)) > judge(mean_image(blind[:-1]))
 
 def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
-    """How much a fit counts in its mean with the interpolation, whose errors are others: what R
-    says; for superres, where R sees too little, a half; all of it, where nothing judges."""
+    """The weight of a fit in its mean with the interpolation, which has other errors: what R says;
+    for superres, of which R sees too little, a half; where nothing judges, 1."""
     if task.scale > 1:
         return 0.5
     return best_share(judge, guess, unseen) if judge else 1.0
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
-    """How much of the second estimate a mean of two should hold, 0..1: R is a parabola in it.
+    """The weight, 0..1, of the second estimate in the mean of least R, which is a parabola in it.
 
-    All, unless R falls by a fifth: R has an error, and the second may still have more to learn.
+    It is 1 unless this lowers R by a fifth: R has an error, and the second may have more to learn.
     """
     r0 = judge(first)
     r1 = judge(second)
@@ -996,7 +996,7 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
     return share if mixed <= 0.8 * r1 else 1.0
 
 class MovingVariance:
-    """The variance of the newest outputs, meaned over pixels: in a window (ES-WMV), and with
+    """The variance of the newest outputs, averaged over pixels: within a window (ES-WMV), and with
     exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
     def __init__(self, window: int = 100, alpha: float = 0.1):
         self.outputs = deque(maxlen=window)
@@ -1015,8 +1015,8 @@ class MovingVariance:
         return {"wmv": wmv, "emv": self.emv}
 
 def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
-    """Where the smallest score stands, for a fit that ends after `patience` scores without a
-    smaller one, and whether it has ended. Every stop rule, live or after the fit, is this."""
+    """(Index of the smallest score, whether the fit has ended): it ends after `patience` scores
+    without a smaller one. Every stop rule works by this, during a fit and after it."""
     best = 0
     for k, score in enumerate(scores):
         if score < scores[best] or math.isinf(scores[best]):    # wmv's are inf at first
@@ -1071,7 +1071,7 @@ class Fit:
                 output = turned_back(self.net(turned(z1, g), level), g)
                 self.learn(fit_loss(o, output, z2, z2_task, level, self.prior))
                 if not self.windowed:
-                    average = average.lerp(output.detach(), self.share())
+                    average = average.lerp(output.detach(), self.newest_weight())
                 if self.tick:
                     self.tick()
             if self.windowed:
@@ -1102,9 +1102,9 @@ class Fit:
             z = seen                    # without noise; `adapt` is told the level all the same
         return z, level, y * hidden.mask, hidden
 
-    def share(self) -> float:
-        """What the newest step counts in a running mean: with 5 / step, a mean of about the last
-        fifth of the steps; from step 500 on, with 0.01, of about the last 100."""
+    def newest_weight(self) -> float:
+        """The weight of the newest step in a running mean: 5 / step, which averages about the last
+        fifth of the steps; and 0.01 from step 500 on, which averages about the last 100."""
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
@@ -1118,7 +1118,7 @@ class Fit:
         return views / turns
 
     def learn(self, loss: Tensor):
-        """A step of the optimisers; rates rise over the first 50, Muon's then fall to a tenth."""
+        """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
         self.step += 1
         self.net.zero_grad()
         loss.backward()
@@ -1127,7 +1127,7 @@ class Fit:
             rate *= 1 - 0.9 * min(1, self.step / self.o.iters)
         step_all(self.optimisers, rate)
         if self.windowed:
-            update_ema(self.judged, self.net, self.share())
+            update_ema(self.judged, self.net, self.newest_weight())
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
@@ -1150,17 +1150,25 @@ class Fit:
             yield stage
             if ended:
                 break
+        self.rise = scores[-1] - scores[best_rung]      # of R, after its best
         self.judged.load_state_dict(weights)
+
+    def tail(self, task: Task, rungs: list) -> list:
+        """The rungs that see all of y. None if y is noisy and R has risen since its best by more
+        than sigma^2 / 200: such a fit learns the noise that it sees, and would learn that of all of
+        y, where R does not see it (chosen on BSDS photos)."""
+        overfits = self.rise > task.sigma ** 2 / 200
+        return [] if overfits and task.sigma > 0 else rungs
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings. brief: a DDPM goes on from there, so fewer steps are made.
-    tick() is called after each step. With stop 'holdout' each network first sees its part of the
-    split; then, from the weights of its best stage on, the last rungs with all of y. prior: a
-    trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed with the
-    interpolation (`share_of_fit`). FloatingPointError: a loss that is not finite.
+    tick() is called after each step. With stop 'holdout' each network first sees the part of y that
+    is not held out; then, from the weights of its best stage on, the last rungs with all of y.
+    prior: a trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed
+    with the interpolation (`share_of_fit`). FloatingPointError is raised if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1176,8 +1184,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     steps = 0
     for number in range(o.nets):
         if number == 1 and paired:
-            # The first learned from pairs, the next see all pixels. They keep the tail, though
-            # their target is plain: in y there is no noise to learn.
+            # The first network learned from pairs; the next one sees all that is not held out. It
+            # keeps the tail, though its target is plain: y has no noise that it could learn.
             o = replace(o, input="estimate", target="plain", high=2 * o.high)
             rungs = ladder(o)
             start = best.average
@@ -1192,7 +1200,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answer = best.average
         if fit.windowed:                # this look is the tail: it sees all of y
             answer = fit.look(y, task, answer, turns=4)
-        for stage in fit.descend(y, task, rungs[watched:], answer):
+        for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         answers.append(task.keep_known(answer, y))
@@ -1215,21 +1223,22 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0. If it is told
-# nothing of this photo, it begins where the noise just hides the DIP's error, and needs some twenty
-# calls in place of hundreds. If it is told y, it begins with so much noise that the start hardly
-# counts, and its first call is its answer. So the DIP comes in a second time. Where R has seen
-# pixels, as with holes, it is the guess that the DDPM is told; elsewhere its estimate and the
-# DDPM's x_0 are averaged by precision at each call (for superres, which has no R, the DIP's error
-# is taken to be GUESS). A DDPM that was trained on DIPs is always told the DIP: it has learned how
-# far one is to be trusted. To run it: `dipddpm.py sample --init dip`.
+# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and its first call
+# is its answer: the mean of all that x may be. (More calls draw one of these: `--steps 20`.) If it
+# is told nothing, as where y is noisy, it begins where the noise just hides the DIP's error. If it
+# is told y, it begins with so much noise that the start hardly counts, and the DIP comes in again:
+# for inpaint, where R has seen pixels, as the guess that the DDPM is told. A DDPM that was trained
+# on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
+# not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
+# which has no R, the DIP's error is taken to be START_ERROR).
+# To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or of which means of blocks are known.
+    pixels are missing, or only the means of blocks are known.
 
-    Yields x_0 and below it what the DDPM is told, (2C + 1) x side x side, where 4 divides side.
-    images: uint8 C x H x W.
+    Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. side must be
+    a multiple of 4. images: uint8 C x H x W.
     """
     gen = stream(seed, OBSERVE)
     for k in range(count):
@@ -1253,8 +1262,8 @@ def noised(schedule: NoiseSchedule, start: Tensor, t0: int, gens: list, sigma=0.
 def refine_x0(x0: Tensor, t: int, *, r2: Tensor, xhat, risk: float, y, task: Task, watch=None):
     """The DDPM's x_0 at time t joined with the DIP's xhat, then with the observation y.
 
-    Each knows x up to an error, x ~ N(x0, r_t^2) and x ~ N(xhat, R): the mean by precision. Then a
-    proximal step towards A x = y, exact where y is. xhat or y may be None: left out.
+    Each estimate has a Gaussian error, x ~ N(x0, r_t^2) and x ~ N(xhat, R): they are averaged by
+    precision. A proximal step towards A x = y follows, exact if y is. None leaves out xhat, or y.
     """
     x0 = x0.clamp(-1, 1)
     variance = r2[t].item()
@@ -1346,8 +1355,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return (means + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def recall_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Recall (Kynkaanniemi et al. 2019): the share of real within the k-th neighbours' balls of
-    fake. Coverage (Naeem et al. 2020): the share of real balls that hold a fake."""
+    """Recall (Kynkaanniemi et al. 2019): the share of real in balls of fake. Coverage (Naeem et al.
+    2020): the share of real balls that hold a fake. A ball reaches to a point's k-th neighbour."""
     radius_real = torch.cdist(real, real).kthvalue(min(k + 1, len(real)), dim=1).values
     radius_fake = torch.cdist(fake, fake).kthvalue(min(k + 1, len(fake)), dim=1).values
     distance = torch.cdist(real, fake)
@@ -1361,10 +1370,10 @@ def recall_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, floa
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-def say(text: str, end: str = "\n", to: str = "stdout"):
+def say(text: str, to: str = "stdout"):
     """Print at once. If the reader has gone, the work goes on, unheard."""
     try:
-        print(text, end=end, file=getattr(sys, to), flush=True)
+        print(text, file=getattr(sys, to), flush=True)
     except OSError:
         setattr(sys, to, open(os.devnull, "w"))
 
@@ -1608,9 +1617,9 @@ class Progress:
 # ---- 9. The commands ----------------------------------------------------------------------------
 
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
-TASKS = "denoise:SIGMA (to 255), inpaint:SHARE (missing, to 1), superres:2|3|4|6|8"
-GUESS = 25 / 127.5              # the error of a start whose error nobody knows
-DIP_START = 2.0     # the noise where a told DDPM starts, and up to which `--prior dip` is trained
+TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
+START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
+TOLD_START = 2.0    # the noise where a told DDPM starts, and the most that `--prior dip` trains on
 SAVE_EVERY = 100                # steps of a training
 CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
 
@@ -1632,10 +1641,10 @@ def parse_task(text: str) -> tuple:
     return fail(f"--task: {text!r} is none of {TASKS}")
 
 def jpeg_level(path: str) -> float:
-    """Half the error of rounding every coefficient of a JPEG, in units of [-1, 1]; else 0.
+    """Half the error of rounding every coefficient of a JPEG, in units of [-1, 1]; 0 if it is none.
 
-    Steps of q make an error of variance q^2 / 12, but less where the coefficient becomes 0, as most
-    do: hence half (chosen on photos of PolyU).
+    Rounding to multiples of q makes an error of variance q^2 / 12, but less where the coefficient
+    becomes 0, as most do: hence half (chosen on photos of PolyU).
     """
     with Image.open(path) as image:
         steps = getattr(image, "quantization", {}).get(0, [0])
@@ -1686,14 +1695,14 @@ def observe(args) -> tuple:
     if args.mask:
         mask = load_image(args.mask, "--mask").to(image)
         if mask.shape[2:] != image.shape[2:]:
-            fail("--mask: it has another size than the photo; white = known pixels")
+            fail("--mask: its size differs from the photo's; give a mask of the same size")
         task.mask = (centre(mask, size).mean(dim=1, keepdim=True) > 0).float()
         if task.mask.mean() in (0, 1):
-            fail("--mask: all is known, or nothing; white = known pixels, black = missing")
+            fail("--mask: all is known, or nothing; paint known pixels white, missing ones black")
     elif name == "inpaint":
         if value is None or args.observed:
-            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels; "
-                 "to enlarge a photo say --task superres:4")
+            fail("--mask: inpaint needs a picture of the photo's size, white = known pixels; or, "
+                 "for a clean photo, a share, as in inpaint:0.8; to enlarge one say superres:4")
         task.mask = (torch.rand((1, 1, *size), generator=gen) >= value).to(image)
         if not task.mask.any() and args.init != "noise":
             fail("--task: no pixel is known; give a smaller share, as in inpaint:0.8")
@@ -1702,7 +1711,7 @@ def observe(args) -> tuple:
         x, y = None, x * task.mask
     if name == "denoise":
         if x is not None and value is None:
-            fail("--task: say how much noise, as in denoise:25; or --observed, for a noisy photo")
+            fail("--task: say how much noise to add, as denoise:25; or --observed, if it is noisy")
         if x is not None:               # noise that is neither clipped nor rounded
             y = y + value / 127.5 * torch.randn(y.shape, generator=gen).to(y)
         told = value if args.told is None else args.told
@@ -1807,7 +1816,6 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
             bar.text = f"noise {noise:.0f}"
             row = dict(network=stage.number, step=stage.step, seconds=seconds, noise=noise)
             row["psnr"], row["ssim"] = quality(stage.average, x)
-            row["psnr_newest"], _ = quality(stage.output, x)
             row["psnr_target"] = in_db(stage.mse)
             row["psnr_risk"] = in_db(stage.scores.get("holdout", math.nan))
             rows.append(row | stage.scores)
@@ -1826,8 +1834,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
                    interrupted=interrupted)
     spread = task.noise_level() ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
     if stage.risk < -2 * spread:
-        say("R is below zero by more than its spread: the noise is not as it is taken to be; "
-            "for a photo of your own use --observed --task denoise, without a number")
+        say("R is below zero by more than its spread: the noise is not what it was taken for; "
+            "for a noisy photo of your own use --observed --task denoise, without a number")
     # What each rule takes from the path of the first network; the oracle sees the clean image.
     path = [row for row in rows if row["network"] == 0 and "fixed" in row]
     if x is not None:
@@ -1874,18 +1882,17 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=quality(mean, x)[0]))
 
 def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
-    """(t0, network calls) of a sampling, where the command line does not say them.
+    """(t0, network calls) of a sampling, as the command line says, or else by default.
 
-    The start rule hides the error of the start, and twenty calls follow. A network that is told y
-    may start with more noise: of the start it needs less, and one call answers with the mean of
-    all that could be.
+    The start rule hides the error of the start. A network that is told y starts with more noise,
+    since it needs less of the start. From a start one call gives the answer, the mean of all that x
+    may be; from noise twenty calls draw samples.
     """
-    t0 = min(prior.schedule.start_t(DIP_START ** 2 if told else risk), prior.t_max)
+    t0 = min(prior.schedule.start_t(TOLD_START ** 2 if told else risk), prior.t_max)
+    steps = 1
     if args.init == "noise":
         t0 = prior.schedule.T
-    steps = 20
-    if told and args.init != "noise":
-        steps = 1
+        steps = 20
     steps = args.steps or steps
     if steps == 1 and args.eta is not None:
         fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
@@ -1911,7 +1918,7 @@ def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -
     return samples.mean(dim=0, keepdim=True)
 
 def trusted(prior: Prior, task: Task, stage: Stage) -> bool:
-    """Whether a DIP may be the guess that the DDPM is told: it knows DIPs, or R has weighed it."""
+    """Whether the DDPM may be told a DIP as its guess: it knows DIPs, or R has weighed this one."""
     return prior.knows_dips or (task.scale == 1 and not math.isnan(stage.risk))
 
 def cmd_sample(args):
@@ -1923,7 +1930,7 @@ def cmd_sample(args):
     start = task.interpolate(y)
     # Noise that is not white is drowned by white noise twice as strong, as where the ladder ends.
     noise = 2 * task.sigma if task.coloured() else task.sigma
-    risk = (noise or GUESS) ** 2
+    risk = (noise or START_ERROR) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, psnr_ddpm=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
@@ -1952,21 +1959,21 @@ def cmd_sample(args):
     try:
         if metrics["interrupted"]:      # in the fit: the DDPM is left out
             raise KeyboardInterrupt
-        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         if told and args.init == "dip":
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.append(("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
+            bar.begin = time.monotonic()            # this control is not in the clock
+        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
     except KeyboardInterrupt:
         samples = start                 # what there is so far
+        panels = panels[:1] or [("start", start)]
         metrics["interrupted"] = True
     mean = samples.mean(dim=0, keepdim=True)
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
     if not metrics["interrupted"]:
         panels += sample_panels(args, task, samples, mean, steps)
-    elif not panels:
-        panels.append(("start", start))
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
@@ -2073,7 +2080,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
     if args.t_max is None:
         config["t_max"] = 1000
         if args.prior == "dip":
-            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(DIP_START ** 2)
+            config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(TOLD_START ** 2)
     if args.dips > 0 and args.batch < 4:
         fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
@@ -2431,25 +2438,25 @@ def make_parser() -> argparse.ArgumentParser:
         add("--task", default=task, help=f"{TASKS} ({task})")
         add("--observed", action="store_true", help="--image is degraded; denoise finds its noise")
         add("--mask", help="for inpaint: a picture of the photo's size, white = known")
-        add("--told", type=partial(share, 255), help="SIGMA told to the fit; 0: estimated (SIGMA)")
-        add("--noise", choices=["auto", "white"], help="of a photo: as found, or white (auto)")
+        add("--told", type=partial(share, 255), help="level told to the fit; 0: estimated (SIGMA)")
+        add("--noise", choices=["auto", "white"], help="auto: as found; white: assumed (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
         add_settings(command)
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000; auto: by R, or told: noise 2")
-    add("--steps", type=partial(whole, 1000), help="calls, at most (20; 1 from a start, told of y)")
-    add("--samples", type=partial(whole, 1024), default=4, help="how many; their mean counts (4)")
-    add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral, of several calls (1)")
+    add("--start", type=start_time, help="t0, 1..1000; auto: by R; if told y, at noise 2 (auto)")
+    add("--steps", type=partial(whole, 1000), help="network calls, at most (1; from noise 20)")
+    add("--samples", type=partial(whole, 1024), default=4, help="how many to average (4)")
+    add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral; needs several calls (1)")
     add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
-    add("--prior", choices=["none", "dip"], default="none", help="dip: only t <= --t-max (none)")
+    add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max (none: all t)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
-        help="fit so many brief DIPs of training images, and tell it of them (0)")
+        help="fit so many brief DIPs of training images, and tell the DDPM of them (0)")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (linear)")
     add("--steps", type=partial(whole, 10 ** 8), default=1000, help="in all (1000)")
     add("--batch", type=partial(whole, 4096), default=16, help="patches a step (16)")
@@ -2519,7 +2526,7 @@ def parse(argv: list) -> argparse.Namespace:
     args.argv = argv
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if args.device == "auto":
-        args.device = max(have, key=have.get)               # the first that is there
+        args.device = next(name for name in have if have[name])
     if not have[args.device]:
         fail(f"--device: there is no {args.device} here; use --device auto")
     number = int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else 0     # torchrun's
@@ -2546,7 +2553,7 @@ def run(args):
                 "evaluate": cmd_evaluate}
     make_folder = partial(os.makedirs, exist_ok=True)
     attempt("--out", args.out, "name a folder you may write to", make_folder)
-    # In bfloat16 are the products of networks, and of the look for noise, but no sums.
+    # With --bf16 products are bfloat16, in networks and in the look for noise; sums never are.
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         commands[args.command](args)
 
@@ -2555,7 +2562,7 @@ def main(argv: list | None = None) -> int:
     for file in (sys.stdout, sys.stderr):       # A code page may lack a letter of a file's name.
         if hasattr(file, "reconfigure"):
             file.reconfigure(errors="backslashreplace")
-    if sys.platform == "linux":     # glibc keeps what was freed: new pages are a third of a step
+    if sys.platform == "linux":     # glibc: keep freed memory; new pages cost a third of a step
         for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1)):    # M_MMAP_, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     try:
