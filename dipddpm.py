@@ -1155,8 +1155,8 @@ class Fit:
 
     def tail(self, task: Task, rungs: list) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
-        than sigma^2 / 200: such a fit learns the noise that it sees, and would learn that of all of
-        y, where R does not see it (chosen on BSDS photos)."""
+        than sigma^2 / 200 (chosen on BSDS photos, such that no default fit of CBSD68 changes): such
+        a fit learns the noise that it sees, and would learn that of all of y, unseen by R."""
         overfits = self.rise > task.sigma ** 2 / 200
         return [] if overfits and task.sigma > 0 else rungs
 
@@ -1166,7 +1166,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
     settings: the fields of Settings. brief: a DDPM goes on from there, so fewer steps are made.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
-    is not held out; then, from the weights of its best stage on, the last rungs with all of y.
+    is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
     prior: a trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed
     with the interpolation (`share_of_fit`). FloatingPointError is raised if the loss is not finite.
     """
@@ -1281,8 +1281,8 @@ def eps_with_clue(model, clue: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """eps_theta(x_t, t, y): the clue goes in beside x_t."""
     return tiled(model, torch.cat([xt, clue], dim=1), t)
 
-def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps=20, eta=1.0, y=None,
-            clue=None, xhat=None, risk=0.0, watch=None) -> Tensor:
+def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps: int, eta=1.0,
+            y=None, clue=None, xhat=None, risk=0.0, watch=None) -> Tensor:
     """The reverse process from x_t0 on, told the clue, and joined at each step with y and xhat.
 
     xt: N x prior.channels x H x W, each channel with noise of its own, also where the image is
