@@ -547,8 +547,6 @@ class Prior(nn.Module):
     """
     def __init__(self, state: dict):
         super().__init__()
-        if "dips" not in state:
-            raise ValueError("an older version made it")
         config = state["config"]
         self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
@@ -839,14 +837,25 @@ class Settings:
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
+def with_roles(o: Settings, scale: int) -> Settings:
+    """What the network sees and aims at, and what picks the answer, where o leaves these open.
+
+    For superres (scale > 1) there is no pair, and no blocks are held out: R would not see what is
+    finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
+    lost; CBSD68).
+    """
+    source, aim = METHODS[o.method]
+    stop = "holdout"
+    if scale > 1:
+        stop = "fixed"
+        if aim == "conjugate":
+            source, aim = "estimate", "plain"
+    return replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop)
+
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
-    source, aim = METHODS[o.method]
-    if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
-        source, aim = "estimate", "plain"
-    o = replace(o, input=o.input or source, target=o.target or aim)
-    o = replace(o, stop=o.stop or stop_rule(task))
+    o = with_roles(o, task.scale)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
@@ -877,11 +886,6 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.stop in ("wmv", "emv"):        # these rules look at every step
         return replace(o, rungs=o.iters)
     return replace(o, rungs=min(o.rungs, o.iters))
-
-def stop_rule(task: Task) -> str:
-    """By R. But for superres no blocks are held out: R would not see what is finer than blocks, and
-    those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB lost; CBSD68)."""
-    return "fixed" if task.scale > 1 else "holdout"
 
 def pixels_of(y: Tensor, task: Task) -> int:
     """The size of x."""
@@ -1036,6 +1040,8 @@ class Fit:
         self.z = None                   # the fixed input, if there is one
         self.w = None                   # the noise of the newest step
         self.side = 1                   # of the squares of pixels that are hidden
+        self.best = None                # the stage with the best score so far
+        self.rise = 0.0                 # of the score, from there to the newest stage
         channels = y.shape[1]
         if o.input == "fixed":
             z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen)
@@ -1150,7 +1156,7 @@ class Fit:
             yield stage
             if ended:
                 break
-        self.rise = scores[-1] - scores[best_rung]      # of R, after its best
+        self.rise = scores[-1] - scores[best_rung]
         self.judged.load_state_dict(weights)
 
     def tail(self, task: Task, rungs: list) -> list:
@@ -1621,6 +1627,7 @@ TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superr
 START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
 TOLD_START = 2.0    # the noise where a told DDPM starts, and the most that `--prior dip` trains on
 SAVE_EVERY = 100                # steps of a training
+DEFAULT_PRIORS = {kind: os.path.join("runs", "train", f"{kind}.pt") for kind in ("none", "dip")}
 CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
 
 def given(args) -> dict:
@@ -2005,21 +2012,22 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
         found["psnr_sample"] = psnr(samples.clamp(-1, 1), x, 2.0)       # of their mean error
     return found
 
+def prior_kind(args) -> str:
+    """Which prior a command needs: from noise one of all t, else one of t <= t_max."""
+    return "none" if args.init == "noise" else "dip"
+
 def prior_path(args) -> str | None:
-    """Where the prior lies, if one is asked for: of all t, or of t <= t_max."""
+    """Where the prior lies, if one is asked for."""
     if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
         return None
-    kind = "none" if args.init == "noise" else "dip"
-    return args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
+    return args.ckpt or DEFAULT_PRIORS[prior_kind(args)]
 
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    defaults = [os.path.join("runs", "train", f"{name}.pt") for name in ("none", "dip")]
-    if path in defaults and not os.path.exists(path):
+    if path in DEFAULT_PRIORS.values() and not os.path.exists(path):
         train_default_prior(path, args.device.type)
-    kind = "none" if args.init == "noise" else "dip"
-    remedy = f"train another: train --prior {kind}"
+    remedy = f"train another: train --prior {prior_kind(args)}"
     _, prior = attempt("--ckpt", path, remedy, read_checkpoint)
     if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
@@ -2486,14 +2494,7 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
     name, number = parse_task(args.task)
-    method = args.method or "staged"
-    source = args.input or METHODS[method][0]
-    aim = args.target or METHODS[method][1]
-    stop = args.stop or "holdout"
-    if name == "superres":
-        stop = args.stop or "fixed"
-        if aim == "conjugate":
-            aim = "plain"               # here there is no pair
+    o = with_roles(Settings(**given(args)), int(number) if name == "superres" else 1)
     settings = [f.name for f in fields(Settings)]
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
@@ -2502,14 +2503,14 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (aim != "conjugate", ["turns"], "without the conjugate target"),
+        (o.target != "conjugate", ["turns"], "without the conjugate target"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
-        (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
-        (source == "fixed" and method == "adapt", ["input"], "as fixed: a DDPM cannot denoise z"),
+        (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
+        (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
-        (stop != "holdout", ["hold", "tail"], "without --stop holdout"),
-        (method == "adapt", ["width", "depth"], "with --method adapt"),
-        (method != "guide", ["weight"], "without --method guide"),
+        (o.stop != "holdout", ["hold", "tail"], "without --stop holdout"),
+        (o.method == "adapt", ["width", "depth"], "with --method adapt"),
+        (o.method != "guide", ["weight"], "without --method guide"),
         (prior_path(args) is None, ["ckpt"], "without --method adapt or guide"),
         (args.init in ("noise", "observed"), [*settings, "no_guide"], "without --init dip"),
         (args.init == "noise", ["start"], "with --init noise, which starts at t = 1000"),
