@@ -536,6 +536,7 @@ def hole_side(mask: Tensor) -> int:
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
 # part. With `--dips` a quarter of a batch is told a DIP (section 6); the halves are of the rest.
+# With `--task` it learns a single task, and that one better, since it sees nothing else.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
@@ -553,6 +554,7 @@ class Prior(nn.Module):
         self.channels = self.model.channels
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
+        self.task = config.get("task")      # the only one that it has learned; None: any
         self.schedule = self.model.schedule
         # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
@@ -654,16 +656,28 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     lots = draw_lots(torch.ones(1, 1, side, side), hole, gen)
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
-def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
+def random_task(name: str, side: int, gen: torch.Generator) -> Task:
+    """'superres:4', or 'inpaint:0.8' with another mask each time, for squares of a given side."""
+    kind, _, number = name.partition(":")
+    if kind == "superres":
+        return Task(name, scale=int(float(number)))
+    lots = torch.rand((1, 1, side, side), generator=gen)
+    return Task(name, mask=(lots >= float(number)).float())
+
+def random_clues(x0: Tensor, gen: torch.Generator, name: str | None = None) -> Tensor:
     """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
-    of them nothing; of the others the means of blocks, or what is around small or large holes."""
+    of them nothing; of the others the means of blocks, or what is around small or large holes. If
+    one task is named, then what that one tells, of all of them."""
     count, channels, _, side = x0.shape
-    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
-    scale = scales[int(torch.randint(len(scales), (), generator=gen))]
-    hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
-    nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
-    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
-             random_holes(side, 1, gen), random_holes(side, hole, gen)]
+    if name is not None:
+        tasks = [random_task(name, side, gen) for _ in range(6)]
+    else:
+        scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
+        scale = scales[int(torch.randint(len(scales), (), generator=gen))]
+        hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
+        nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
+        tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
+                 random_holes(side, 1, gen), random_holes(side, hole, gen)]
     order = torch.randperm(6, generator=gen).tolist()       # a small batch has fewer parts
     clues = []
     for k, part in zip(order, x0.split(math.ceil(count / 6))):
@@ -677,7 +691,7 @@ def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> 
     with_dip = count // 4 if dips else 0
     x0 = random_patches(images, count - with_dip, config["patch"], gen) / 127.5 - 1
     eps = torch.randn(x0.shape, generator=gen)
-    clues = random_clues(x0, gen)
+    clues = random_clues(x0, gen, config.get("task"))
     if with_dip > 0:
         channels = x0.shape[1]
         examples = random_patches(dips, with_dip, config["patch"], gen)
@@ -1628,7 +1642,7 @@ START_ERROR = 25 / 127.5        # the error that a start is taken to have where 
 TOLD_START = 2.0    # the noise where a told DDPM starts, and the most that `--prior dip` trains on
 SAVE_EVERY = 100                # steps of a training
 DEFAULT_PRIORS = {kind: os.path.join("runs", "train", f"{kind}.pt") for kind in ("none", "dip")}
-CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
+CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -2033,6 +2047,9 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
+    told = args.task if args.command == "sample" and not args.no_clue else None
+    if prior.task not in (None, told):
+        fail(f"--ckpt: {path} knows nothing but to sample --task {prior.task}; train another")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
@@ -2089,6 +2106,14 @@ def checkpoint(args, path: str, channels: int) -> dict:
         config["t_max"] = 1000
         if args.prior == "dip":
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(TOLD_START ** 2)
+    if args.task is not None:
+        name, number = parse_task(args.task)
+        if name == "denoise" or number is None:
+            fail("--task: give inpaint:SHARE or superres:S; all others denoise")
+        if name == "superres" and args.patch % number > 0:
+            fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
+        if args.dips > 0:
+            fail("--dips: the DIPs are of several tasks; leave --dips or --task out")
     if args.dips > 0 and args.batch < 4:
         fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
@@ -2462,6 +2487,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max (none: all t)")
+    add("--task", help="learn one task only, as superres:4 (many, and to denoise)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
         help="fit so many brief DIPs of training images, and tell the DDPM of them (0)")
