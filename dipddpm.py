@@ -1224,9 +1224,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # which has no R, the DIP's error is taken to be START_ERROR).
 # To run it: `dipddpm.py sample --init dip`.
 
-def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
+def brief_dips(images: list, count: int, side: int, seed: int, device,
+               name: str | None = None) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or only the means of blocks are known.
+    pixels are missing, or only the means of blocks are known; or of one task, if it is named.
 
     Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. side must be
     a multiple of 4. images: uint8 C x H x W.
@@ -1238,6 +1239,8 @@ def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterat
         missing = torch.rand((1, 1, side, side), generator=gen) < share
         holes = Task("holes", mask=1 - missing.to(x0))
         task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
+        if name is not None:
+            task = random_task(name, side, gen)
         iters = int(torch.randint(40, 126, (), generator=gen))
         y = task.forward(x0)
         *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
@@ -2072,8 +2075,6 @@ def checkpoint(args, path: str, channels: int) -> dict:
             fail("--task: give inpaint:SHARE or superres:S; all others denoise")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
-        if args.dips > 0:
-            fail("--dips: the DIPs are of several tasks; leave --dips or --task out")
     if args.dips > 0 and args.batch < 4:
         fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
@@ -2147,10 +2148,13 @@ def fit_examples(state: dict, images: list, device) -> float:
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     smallest = min(min(image.shape[1:]) for image in images)
-    side = min(2 * config["patch"], smallest) // 4 * 4
-    if side < config["patch"]:
-        fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
-    for example in brief_dips(images, config["dips"], side, config["seed"], device):
+    side = 2 * config["patch"]
+    if side > smallest:
+        side = config["patch"]
+    if side % 4 > 0:
+        fail("--patch: DIPs are of squares with blocks of 4 pixels; give a multiple of 4")
+    name = config.get("task")
+    for example in brief_dips(images, config["dips"], side, config["seed"], device, name):
         state["dips"].append(example)
         bar.step()
     return bar.seconds

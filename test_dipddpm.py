@@ -660,6 +660,9 @@ def test_a_quarter_of_the_images_is_told_a_brief_dip(tmp_path, data, monkeypatch
     assert (x0[:12] == -1).all() and (x0[12:] != -1).any(dim=3).all()
     assert run(*flags, "--dips", 7, "--steps", 5, "--resume") == 0 and run(*flags, "--dips", 6, "--resume") == 2
     assert all(map(torch.equal, state["dips"], load(tmp_path / "none.pt")["dips"]))
+    assert run(*flags, "--dips", 3, "--task", "superres:4", "--out", tmp_path / "one") == 0
+    assert all((example[6] == 1 / 16).all() for example in load(tmp_path / "one" / "none.pt")["dips"])
+    assert run(*flags, "--dips", 3, "--patch", 17) == 2
 
 def test_brief_dips_are_fits(monkeypatch):
     fit, lengths = D.fit_dip, []
@@ -845,7 +848,7 @@ def test_resume_refuses_other_settings(tmp_path, data, priors, capsys):
 def test_a_prior_of_one_task(tmp_path, data, photo, capsys):
     flags = ["train", *BRIEF, "--data", data, "--out", tmp_path, "--task"]
     for task, flag, *more in (("denoise:25", "--task"), ("inpaint", "--task"), ("nonsense", "--task"),
-                              ("superres:6", "--patch"), ("superres:4", "--dips", "--dips", 3)):
+                              ("superres:6", "--patch")):
         assert run(*flags, task, *more) == 2
         one_line(capsys, flag)
     assert run(*flags, "superres:4") == 0 and run(*flags, "superres:4", "--resume", "--steps", 4) == 0
