@@ -2274,7 +2274,7 @@ def draw_arms(args, rows: list, gains: dict):
         group = [row | dict(arm=row["arm"].replace(f" --task {task}", "")) for row in group]
         for column, label in dict(seconds="seconds", nfe="calls of the DDPM", t0="t0").items():
             curves = curves_of(group, column)
-            if curves:
+            if len({x for _, xs, _ in curves for x in xs}) > 1:
                 chart = plot(curves, f"{task}: PSNR, mean over photos", label, "dB", xlog=True)
                 save(f"{args.out}/{column}-{folder_name(task)}.png", chart)
     if gains:
