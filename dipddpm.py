@@ -341,7 +341,7 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Noise:
-    """The noise of a photo, found in the photo alone; levels are standard deviations."""
+    """A photo's noise, found in it, or white if told; levels are standard deviations."""
     level: float                    # where the photo is flattest, in units of [-1, 1]
     thirds: tuple = ()              # the same for the photo's dark, middle and bright third
     brightness: tuple = ()          # of these places, in [-1, 1]
@@ -979,7 +979,8 @@ def mean_image(images: list[Tensor]) -> Tensor:
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """The weight, 0..1, of the second estimate in the mean of least R, which is a parabola in it.
 
-    It is 1 unless this lowers R by a fifth: R has an error, and the second may have more to learn.
+    It is 1 without a judge, and unless this lowers R by a fifth: R has an error, and the second
+    may have more to learn.
     """
     if judge is None:
         return 1.0
@@ -1227,7 +1228,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 def brief_dips(images: list, count: int, side: int, seed: int, device,
                name: str | None = None) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or only the means of blocks are known; or of one task, if it is named.
+    pixels are missing, or only the means of blocks are known; or, if named, of one task only.
 
     Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. side must be
     a multiple of 4. images: uint8 C x H x W.
@@ -1241,6 +1242,7 @@ def brief_dips(images: list, count: int, side: int, seed: int, device,
         task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
         if name is not None:
             task = random_task(name, side, gen)
+            task.mask = task.mask.to(x0)
         iters = int(torch.randint(40, 126, (), generator=gen))
         y = task.forward(x0)
         *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
@@ -2012,7 +2014,7 @@ def load_prior(args, channels: int) -> Prior:
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
     told = args.task if args.command == "sample" and not args.no_clue else None
-    if prior.task not in (None, told):
+    if prior.task and (told is None or parse_task(told) != parse_task(prior.task)):
         fail(f"--ckpt: {path} was trained for sample --task {prior.task} only; train another")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
@@ -2071,8 +2073,10 @@ def checkpoint(args, path: str, channels: int) -> dict:
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(TOLD_START ** 2)
     if args.task is not None:
         name, number = parse_task(args.task)
-        if name == "denoise" or number is None:
-            fail("--task: give inpaint:SHARE or superres:S; all others denoise")
+        if name == "denoise" or number in (None, 1):
+            fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
+        if args.out == "runs/train":
+            fail("--out: give a DDPM of one task a folder of its own; here lie those of many tasks")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
@@ -2083,7 +2087,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
             began = state["config"].get(name)
             if value != began:
                 flag = dict(t_max="t-max", channels="data").get(name, name)
-                fail(f"--{flag}: the run began with {name} {began}; give that, or train anew")
+                fail(f"--{flag}: the run began with {name} {began}; keep that, or train anew")
         return state
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
@@ -2151,9 +2155,9 @@ def fit_examples(state: dict, images: list, device) -> float:
     side = 2 * config["patch"]
     if side > smallest:
         side = config["patch"]
-    if side % 4 > 0:
-        fail("--patch: DIPs are of squares with blocks of 4 pixels; give a multiple of 4")
     name = config.get("task")
+    if name is None and side % 4 > 0:
+        fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")
     for example in brief_dips(images, config["dips"], side, config["seed"], device, name):
         state["dips"].append(example)
         bar.step()
@@ -2440,7 +2444,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default=f"{PHOTOS}/train", help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max (none: all t)")
-    add("--task", help="learn one task only, as superres:4 (many, and to denoise)")
+    add("--task", help="learn inpaint:SHARE or superres:S only (these, and to denoise)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
         help="fit so many brief DIPs of training images, and tell the DDPM of them (0)")

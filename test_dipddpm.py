@@ -847,16 +847,18 @@ def test_resume_refuses_other_settings(tmp_path, data, priors, capsys):
 
 def test_a_prior_of_one_task(tmp_path, data, photo, capsys):
     flags = ["train", *BRIEF, "--data", data, "--out", tmp_path, "--task"]
-    for task, flag, *more in (("denoise:25", "--task"), ("inpaint", "--task"), ("nonsense", "--task"),
-                              ("superres:6", "--patch")):
-        assert run(*flags, task, *more) == 2
+    for task, flag in (("denoise:25", "--task"), ("inpaint", "--task"), ("inpaint:1", "--task"),
+                       ("nonsense", "--task"), ("superres:6", "--patch")):
+        assert run(*flags, task) == 2
         one_line(capsys, flag)
     assert run(*flags, "superres:4") == 0 and run(*flags, "superres:4", "--resume", "--steps", 4) == 0
     assert run(*flags, "inpaint:0.8", "--resume") == 2
     one_line(capsys, "--task", "superres:4")
     words = ["sample", "--steps", 2, "--samples", 1, "--image", photo, "--ckpt", tmp_path / "none.pt",
              "--out", tmp_path / "o", "--task"]
-    assert run(*words, "superres:4") == 0
+    assert run(*flags[:-3], "--task", "superres:4") == 2                # not among the default priors
+    one_line(capsys, "--out")
+    assert run(*words, "superres:4") == 0 and run(*words, "superres:4.0") == 0
     for task, *more in (["denoise:25"], ["superres:4", "--no-clue"], ["superres:2"]):
         capsys.readouterr()
         assert run(*words, task, *more) == 2, task
