@@ -281,19 +281,9 @@ class Task:
     mask: Tensor = torch.tensor(1.0)    # 1 known, 0 missing: 1 x 1 x h x w, or 1.0 for all
     noise: "Noise | None" = None    # as a photo has it; None: white noise of level sigma
 
-    def coloured(self) -> bool:
-        """Whether a photo's noise was looked for, and found not to be white."""
-        return self.noise is not None and not self.noise.white
-
-    def noise_level(self) -> float:
-        """The standard deviation of y's noise, of which R has to know."""
-        return self.sigma if self.noise is None else self.noise.level
-
-    def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
-        """Noise with the covariance that y's noise is taken to have."""
-        if self.noise is not None:
-            return self.noise.draw(like, gen)
-        return self.sigma * torch.randn(like.shape, generator=gen).to(like)
+    def noise_of_y(self) -> "Noise":
+        """The noise as it was found in the photo, or else white noise of level sigma."""
+        return self.noise or Noise(self.sigma)
 
     def forward(self, x: Tensor) -> Tensor:
         """A x: N x C x H x W to N x C x H/s x W/s."""
@@ -351,14 +341,14 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Noise:
-    """The noise of a photo, found in the photo alone; levels are standard deviations."""
-    level: float            # where the photo is flattest, in units of [-1, 1]
-    thirds: list            # the same for the dark, the middle and the bright third of the photo
-    brightness: list        # of these places, in [-1, 1]
-    neighbour: float        # correlation of a pixel's noise with its neighbour's
-    white: bool             # whether its level alone describes it
-    patches: Tensor         # the flattest places, minus mean and slope: K x C x side x side
-    floor: float = 0.0      # the level of a JPEG's own error, which flat places do not show
+    """A photo's noise, found in it, or white if told; levels are standard deviations."""
+    level: float                    # where the photo is flattest, in units of [-1, 1]
+    thirds: tuple = ()              # the same for the photo's dark, middle and bright third
+    brightness: tuple = ()          # of these places, in [-1, 1]
+    neighbour: float = 0.0          # correlation of a pixel's noise with its neighbour's
+    white: bool = True              # whether its level alone describes it
+    patches: Tensor | None = None   # the flattest places, minus mean and slope: K x C x side x side
+    floor: float = 0.0              # of a JPEG's own error, which flat places do not show
 
     def strength(self) -> float:
         """The level that a fit has to reckon with."""
@@ -479,8 +469,9 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     noise a tenth of the known pixels judges, in squares that are as deep as the holes.
     """
     if task.sigma > 0:
-        w = task.draw(y, gen)
-        floor = task.noise_level() ** 2 + (w ** 2).mean().item() / a ** 2
+        noise = task.noise_of_y()
+        w = noise.draw(y, gen)
+        floor = noise.level ** 2 + (w ** 2).mean().item() / a ** 2
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
     known = task.known(y)
@@ -536,6 +527,7 @@ def hole_side(mask: Tensor) -> int:
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
 # part. With `--dips` a quarter of a batch is told a DIP (section 6); the halves are of the rest.
+# With `--task` it learns a single task, and that one better, since it sees nothing else.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 class Prior(nn.Module):
@@ -547,14 +539,13 @@ class Prior(nn.Module):
     """
     def __init__(self, state: dict):
         super().__init__()
-        if "dips" not in state:
-            raise ValueError("an older version made it")
         config = state["config"]
         self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
         self.model.load_state_dict(state["ema"])
         self.channels = self.model.channels
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
+        self.task = config.get("task")      # the only one that it has learned; None: any
         self.schedule = self.model.schedule
         # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
@@ -636,41 +627,48 @@ def step_all(optimisers: list, factor: float):
         optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
         optimiser.step()
 
-def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a random square of an image; all of it, where it is smaller."""
+def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
+    """The index of a random square of an image; of all of it, where it is smaller."""
     height, width = image.shape[-2:]
     top = int(torch.randint(max(1, height - side + 1), (), generator=gen))
     left = int(torch.randint(max(1, width - side + 1), (), generator=gen))
-    return slice(top, top + side), slice(left, left + side)
+    return ..., slice(top, top + side), slice(left, left + side)
 
 def random_patches(images: list, count: int, side: int, gen: torch.Generator) -> Tensor:
     """Random squares of some C x H x W images: count x C x side x side."""
-    patches = []
-    for i in torch.randint(len(images), (count,), generator=gen).tolist():
-        rows, columns = random_place(images[i], side, gen)
-        patches.append(images[i][:, rows, columns])
-    return torch.stack(patches)
+    picked = torch.randint(len(images), (count,), generator=gen).tolist()
+    return torch.stack([images[i][random_place(images[i], side, gen)] for i in picked])
 
 def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
     """A task in which any share of the pixels is missing, in squares of a given side."""
     lots = draw_lots(torch.ones(1, 1, side, side), hole, gen)
     return Task("holes", mask=(lots > torch.rand((), generator=gen)).float())
 
-def random_clues(x0: Tensor, gen: torch.Generator) -> Tensor:
+def random_task(name: str, side: int, gen: torch.Generator) -> Task:
+    """'superres:4', or 'inpaint:0.8' with another mask each time, for squares of a given side."""
+    kind, _, number = name.partition(":")
+    if kind == "superres":
+        return Task(name, scale=int(float(number)))
+    lots = torch.rand((1, 1, side, side), generator=gen)
+    return Task(name, mask=(lots >= float(number)).float())
+
+def random_clues(x0: Tensor, gen: torch.Generator, name: str | None = None) -> Tensor:
     """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
-    of them nothing; of the others the means of blocks, or what is around small or large holes."""
+    of them nothing; of the others the means of blocks, or what is around small or large holes. If
+    one task is named, then what that one tells, of all of them."""
     count, channels, _, side = x0.shape
-    scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
-    scale = scales[int(torch.randint(len(scales), (), generator=gen))]
-    hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
-    nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
-    tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
-             random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    order = torch.randperm(6, generator=gen).tolist()       # a small batch has fewer parts
-    clues = []
-    for k, part in zip(order, x0.split(math.ceil(count / 6))):
-        clues.append(tasks[k].clue(tasks[k].forward(part), channels))
-    return torch.cat(clues)
+    if name is not None:
+        tasks = [random_task(name, side, gen) for _ in range(6)]
+    else:
+        scales = [scale for scale in (2, 3, 4, 6, 8) if side % scale == 0] or [1]
+        scale = scales[int(torch.randint(len(scales), (), generator=gen))]
+        hole = int(torch.randint(1, 2 + side // 6, (), generator=gen))
+        nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
+        tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
+                 random_holes(side, 1, gen), random_holes(side, hole, gen)]
+    order = torch.randperm(6, generator=gen).tolist()
+    parts = zip(order, x0.split(math.ceil(count / 6)))      # of a small batch there are fewer
+    return torch.cat([tasks[k].clue(tasks[k].forward(part), channels) for k, part in parts])
 
 def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> tuple:
     """(x_0, eps, clues) of a step of training. Where there are DIPs of training images, a quarter
@@ -679,7 +677,7 @@ def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> 
     with_dip = count // 4 if dips else 0
     x0 = random_patches(images, count - with_dip, config["patch"], gen) / 127.5 - 1
     eps = torch.randn(x0.shape, generator=gen)
-    clues = random_clues(x0, gen)
+    clues = random_clues(x0, gen, config.get("task"))
     if with_dip > 0:
         channels = x0.shape[1]
         examples = random_patches(dips, with_dip, config["patch"], gen)
@@ -839,14 +837,25 @@ class Settings:
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
+def with_roles(o: Settings, scale: int) -> Settings:
+    """What the network sees and aims at, and what picks the answer, where o leaves these open.
+
+    For superres (scale > 1) there is no pair, and no blocks are held out: R would not see what is
+    finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
+    lost; CBSD68).
+    """
+    source, aim = METHODS[o.method]
+    stop = "holdout"
+    if scale > 1:
+        stop = "fixed"
+        if aim == "conjugate":
+            source, aim = "estimate", "plain"
+    return replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop)
+
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
-    source, aim = METHODS[o.method]
-    if o.method in ("staged", "adapt") and task.scale > 1:      # here there is no pair
-        source, aim = "estimate", "plain"
-    o = replace(o, input=o.input or source, target=o.target or aim)
-    o = replace(o, stop=o.stop or stop_rule(task))
+    o = with_roles(o, task.scale)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
@@ -861,7 +870,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=100, lr=5e-4, high=1.5, tail=0.25)
     elif o.method == "adapt":
         values.update(iters=100, lr=5e-4, high=1.0)
-    if task.coloured():
+    if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief:
         values["iters"] = values["iters"] * 5 // 8
@@ -877,11 +886,6 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.stop in ("wmv", "emv"):        # these rules look at every step
         return replace(o, rungs=o.iters)
     return replace(o, rungs=min(o.rungs, o.iters))
-
-def stop_rule(task: Task) -> str:
-    """By R. But for superres no blocks are held out: R would not see what is finer than blocks, and
-    those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB lost; CBSD68)."""
-    return "fixed" if task.scale > 1 else "holdout"
 
 def pixels_of(y: Tensor, task: Task) -> int:
     """The size of x."""
@@ -948,7 +952,7 @@ def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
     """The windows of an image as a batch; scale = s for an image on the grid of x, not of y."""
     if scale > 1:
         return F.pixel_shuffle(cut(F.pixel_unshuffle(image, scale), places), scale)
-    return torch.cat([image[..., rows, columns] for rows, columns in places])
+    return torch.cat([image[place] for place in places])
 
 @dataclass
 class Stage:
@@ -972,22 +976,14 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
-def newest_hurts(judge, blind: list[Tensor]) -> bool:
-    """Whether R says that the newest estimate makes the mean of all worse."""
-    return judge(mean_image(blind)) > judge(mean_image(blind[:-1]))
-
-def share_of_fit(task: Task, guess: Tensor, unseen: Tensor, judge) -> float:
-    """The weight of a fit in its mean with the interpolation, which has other errors: what R says;
-    for superres, of which R sees too little, a half; where nothing judges, 1."""
-    if task.scale > 1:
-        return 0.5
-    return best_share(judge, guess, unseen) if judge else 1.0
-
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """The weight, 0..1, of the second estimate in the mean of least R, which is a parabola in it.
 
-    It is 1 unless this lowers R by a fifth: R has an error, and the second may have more to learn.
+    It is 1 without a judge, and unless this lowers R by a fifth: R has an error, and the second
+    may have more to learn.
     """
+    if judge is None:
+        return 1.0
     r0 = judge(first)
     r1 = judge(second)
     apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)     # mean square of first - second
@@ -1035,7 +1031,7 @@ class Fit:
         self.step = 0
         self.z = None                   # the fixed input, if there is one
         self.w = None                   # the noise of the newest step
-        self.side = 1                   # of the squares of pixels that are hidden
+        self.rise = 0.0                 # of the score, from the best stage to the newest
         channels = y.shape[1]
         if o.input == "fixed":
             z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen)
@@ -1059,13 +1055,13 @@ class Fit:
         o = self.o
         # A pair may be turned (Theorem 3 of report.md); for superres there is none.
         turning = o.turns and o.target == "conjugate" and task.scale == 1
-        self.side = hole_side(task.known(y))
+        side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
             self.w = None
             for _ in range(steps):
-                z1, level, z2, z2_task = self.draw_pair(y, task, base, a)
+                z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z1, g), level), g)
@@ -1081,9 +1077,8 @@ class Fit:
             noise = 0.0 if splits(o, task) else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
-    def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float) -> tuple:
-        """What a step sees and is compared with: (z1, the level of its noise, z2, the task of z2),
-        of the whole photo or of windows of it."""
+    def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
+        """A step's pair, of all the photo or of windows: (z1, its noise level, z2, z2's task)."""
         o = self.o
         if self.windowed:
             places = [random_place(y, WINDOW // task.scale, self.gen) for _ in range(16)]
@@ -1092,12 +1087,11 @@ class Fit:
             y = cut(y, places)
         if o.fresh or self.w is None:
             shape = task.pinv(y).shape
-            w = torch.randn(shape, generator=self.gen).to(y)
-            self.w = (task.sigma or FREE_UNIT) * w
+            self.w = (task.sigma or FREE_UNIT) * torch.randn(shape, generator=self.gen).to(y)
         z, level = noisy_input(o, base, a, self.w, task.sigma)              # z1 = y + a w
         if not splits(o, task):
             return z, level, noisy_target(o, y, a, self.w, task), task      # z2 = y - w / a
-        seen, hidden = split_pixels(y, task, a, self.side, self.gen)
+        seen, hidden = split_pixels(y, task, a, side, self.gen)
         if o.input == "observed":
             z = seen                    # without noise; `adapt` is told the level all the same
         return z, level, y * hidden.mask, hidden
@@ -1112,10 +1106,8 @@ class Fit:
         if self.o.input == "observed":
             average = task.interpolate(y)
         level = task.sigma or self.o.low * FREE_UNIT
-        views = torch.zeros_like(average)
-        for g in range(turns):
-            views += turned_back(tiled(self.judged, turned(average, g), level), g)
-        return views / turns
+        views = [tiled(self.judged, turned(average, g), level) for g in range(turns)]
+        return mean_image([turned_back(view, g) for g, view in enumerate(views)])
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1131,9 +1123,9 @@ class Fit:
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
 
-    def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[Stage]:
-        """A descent that a stop rule watches. At its end the network has the weights of the best
-        stage, self.best."""
+    def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[tuple]:
+        """A descent that a stop rule watches; yields (the newest stage, the best so far). At its
+        end the network has the weights of the best."""
         o = self.o
         variance, scores = MovingVariance(), []
         for stage in self.descend(y, task, rungs, start):
@@ -1145,12 +1137,12 @@ class Fit:
             scores.append(stage.scores[o.stop])
             best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
             if best_rung == len(scores) - 1:
-                self.best = stage
+                best = stage
                 weights = copy.deepcopy(self.judged.state_dict())
-            yield stage
+            yield stage, best
             if ended:
                 break
-        self.rise = scores[-1] - scores[best_rung]      # of R, after its best
+        self.rise = scores[-1] - scores[best_rung]
         self.judged.load_state_dict(weights)
 
     def tail(self, task: Task, rungs: list) -> list:
@@ -1168,7 +1160,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
     prior: a trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed
-    with the interpolation (`share_of_fit`). FloatingPointError is raised if the loss is not finite.
+    with the interpolation (`best_share`). FloatingPointError is raised if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1178,8 +1170,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     guess = start = seen_task.interpolate(seen)
     paired = splits(o, task)
-    rungs = ladder(o)
-    watched = max(1, round((1 - o.tail) * len(rungs)))
+    watched = max(1, round((1 - o.tail) * o.rungs))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
     for number in range(o.nets):
@@ -1187,11 +1178,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             # The first network learned from pairs; the next one sees all that is not held out. It
             # keeps the tail, though its target is plain: y has no noise that it could learn.
             o = replace(o, input="estimate", target="plain", high=2 * o.high)
-            rungs = ladder(o)
             start = best.average
+        rungs = ladder(o)
         fit = Fit(o, y, task, gen, prior, tick)
-        for stage in fit.search(seen, seen_task, rungs[:watched], start, judge):
-            best = fit.best                     # so far
+        for stage, best in fit.search(seen, seen_task, rungs[:watched], start, judge):
             found = dict(number=number, stop_step=steps + best.step)
             if judge:
                 found["risk"] = judge(mean_image(blind or [best.average]))
@@ -1203,16 +1193,18 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
-        answers.append(task.keep_known(answer, y))
-        blind.append(best.average)
         steps += fit.step
-        if number > 0 and paired and judge and newest_hurts(judge, blind):
-            answers.pop()
-            blind.pop()
+        longer = [*blind, best.average]
+        # After pairs of pixels a network sees all, and no theorem protects it: it must not raise R.
+        if number > 0 and paired and judge and judge(mean_image(longer)) > judge(mean_image(blind)):
+            continue
+        answers.append(task.keep_known(answer, y))
+        blind = longer
     answer = mean_image(answers)
     unseen = mean_image(blind)
     if o.method == "staged" and task.sigma == 0:
-        share = share_of_fit(task, guess, unseen, judge)
+        # The interpolation has other errors than a fit. For superres R sees too little of them.
+        share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         answer = task.interpolate(y).lerp(answer, share)
         unseen = guess.lerp(unseen, share)
     if judge:
@@ -1233,9 +1225,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # which has no R, the DIP's error is taken to be START_ERROR).
 # To run it: `dipddpm.py sample --init dip`.
 
-def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterator[Tensor]:
+def brief_dips(images: list, count: int, side: int, seed: int, device,
+               name: str | None = None) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or only the means of blocks are known.
+    pixels are missing, or only the means of blocks are known; or, if named, of one task only.
 
     Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. side must be
     a multiple of 4. images: uint8 C x H x W.
@@ -1247,6 +1240,9 @@ def brief_dips(images: list, count: int, side: int, seed: int, device) -> Iterat
         missing = torch.rand((1, 1, side, side), generator=gen) < share
         holes = Task("holes", mask=1 - missing.to(x0))
         task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
+        if name is not None:
+            task = random_task(name, side, gen)
+            task.mask = task.mask.to(x0)
         iters = int(torch.randint(40, 126, (), generator=gen))
         y = task.forward(x0)
         *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
@@ -1322,17 +1318,14 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     window = window / window.sum()
     c1 = (0.01 * data_range) ** 2
     c2 = (0.03 * data_range) ** 2
-    channels_a = a.cpu().double().flatten(0, 1)
-    channels_b = b.cpu().double().flatten(0, 1)
-    values = []
-    for u, v in zip(channels_a, channels_b):
-        maps = torch.stack([u, v, u * u, v * v, u * v])[:, None]
-        maps = F.conv2d(maps, window.view(1, 1, 11, 1))
-        mean_u, mean_v, uu, vv, uv = F.conv2d(maps, window.view(1, 1, 1, 11))
-        likeness = (2 * mean_u * mean_v + c1) * (2 * (uv - mean_u * mean_v) + c2)
-        spread = (mean_u ** 2 + mean_v ** 2 + c1) * (uu - mean_u ** 2 + vv - mean_v ** 2 + c2)
-        values.append((likeness / spread).mean().item())
-    return sum(values) / len(values)
+    u = a.cpu().double().flatten(0, 1)[:, None]             # each channel for itself
+    v = b.cpu().double().flatten(0, 1)[:, None]
+    maps = torch.cat([u, v, u * u, v * v, u * v])
+    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+    mean_u, mean_v, uu, vv, uv = maps.chunk(5)
+    likeness = (2 * mean_u * mean_v + c1) * (2 * (uv - mean_u * mean_v) + c2)
+    spread = (mean_u ** 2 + mean_v ** 2 + c1) * (uu - mean_u ** 2 + vv - mean_v ** 2 + c2)
+    return (likeness / spread).mean().item()
 
 def quality(xhat: Tensor, x: Tensor | None) -> tuple:
     """(PSNR, SSIM) of an estimate to the clean image, each None where it cannot be known."""
@@ -1621,7 +1614,8 @@ TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superr
 START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
 TOLD_START = 2.0    # the noise where a told DDPM starts, and the most that `--prior dip` trains on
 SAVE_EVERY = 100                # steps of a training
-CONFIG = ("prior", "t_max", "dips", "schedule", "batch", "patch", "width", "lr", "seed")
+DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
+CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
 
 def given(args) -> dict:
     """Those settings of a fit that the command line gives."""
@@ -1733,11 +1727,9 @@ def fingerprint(args) -> dict:
 
 def describe(noise: Noise) -> dict:
     """What was found of the noise, in 8-bit units, for metrics.json."""
-    found = dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white,
-                 jpeg=noise.floor * 127.5)
-    for name, level in zip(("dark", "middle", "bright"), noise.thirds):
-        found[name] = level * 127.5
-    return found
+    dark, middle, bright = [level * 127.5 for level in noise.thirds]
+    return dict(level=noise.level * 127.5, neighbour=noise.neighbour, white=noise.white,
+                jpeg=noise.floor * 127.5, dark=dark, middle=middle, bright=bright)
 
 def noise_figure(removed: Tensor, noise: Noise) -> Image.Image:
     """What was removed beside a draw of the noise that was found: are they alike?"""
@@ -1762,7 +1754,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     answer = panels[-1][1]
     if task.noise is not None:
         metrics["noise"] = describe(task.noise)
-        save(os.path.join(args.out, "noise.png"), noise_figure(y - answer, task.noise))
+        save(f"{args.out}/noise.png", noise_figure(y - answer, task.noise))
     metrics["psnr"], metrics["ssim"] = quality(answer, x)
     metrics["psnr_observed"], _ = quality(task.interpolate(y), x)
     metrics.update(task=args.task, sigma=task.sigma * 127.5, image=args.image, seed=args.seed,
@@ -1779,18 +1771,18 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
         page += [(title, image, f"{quality(image, x)[0]:.2f} dB") for title, image in panels]
         page.append(("clean", x, ""))
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
-    save(os.path.join(args.out, "result.png"), to_image(answer))
+    save(f"{args.out}/result.png", to_image(answer))
     columns = min(len(page), 6)
     largest = max(answer.shape[2:])
     if largest >= 128:                      # what differs is small: the centres, enlarged
         side = min(96, 3 * largest // 8)
         part = [max(1, side * n // largest) for n in answer.shape[2:]]
         page += [(f"{title}, enlarged", centre(v, part), "") for title, v, _ in page]
-    save(os.path.join(args.out, "figure.png"), figure(page, columns))
-    save(os.path.join(args.out, "curves.png"), chart)
-    save(os.path.join(args.out, "log.csv"), rows)
-    save(os.path.join(args.out, "metrics.json"), metrics)
-    say(f"{text} -> {os.path.join(args.out, 'figure.png')}")
+    save(f"{args.out}/figure.png", figure(page, columns))
+    save(f"{args.out}/curves.png", chart)
+    save(f"{args.out}/log.csv", rows)
+    save(f"{args.out}/metrics.json", metrics)
+    say(f"{text} -> {args.out}/figure.png")
     if metrics["interrupted"]:
         say("interrupted: this is the best so far")
         raise KeyboardInterrupt
@@ -1832,7 +1824,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
         interrupted = True
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk, seconds=seconds,
                    interrupted=interrupted)
-    spread = task.noise_level() ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
+    spread = task.noise_of_y().level ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
     if stage.risk < -2 * spread:
         say("R is below zero by more than its spread: the noise is not what it was taken for; "
             "for a noisy photo of your own use --observed --task denoise, without a number")
@@ -1867,8 +1859,8 @@ def cmd_fit_dip(args):
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])
-        save(os.path.join(args.out, "stages.png"), page)
-        save(os.path.join(args.out, "ladder.gif"), [figure(frame) for frame in frames])
+        save(f"{args.out}/stages.png", page)
+        save(f"{args.out}/ladder.gif", [figure(frame) for frame in frames])
     finish(args, x, y, task, [("restored", stage.answer)], rows, chart, metrics)
 
 def shrink(x: Tensor) -> Tensor:
@@ -1929,7 +1921,7 @@ def cmd_sample(args):
     prior = load_prior(args, y.shape[1])
     start = task.interpolate(y)
     # Noise that is not white is drowned by white noise twice as strong, as where the ladder ends.
-    noise = 2 * task.sigma if task.coloured() else task.sigma
+    noise = task.sigma if task.noise_of_y().white else 2 * task.sigma
     risk = (noise or START_ERROR) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, psnr_ddpm=None, seconds=0.0, interrupted=False)
@@ -1977,7 +1969,7 @@ def cmd_sample(args):
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
-    save(os.path.join(args.out, "sample.png"), to_image(samples[:1]))
+    save(f"{args.out}/sample.png", to_image(samples[:1]))
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
 
 def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -> list:
@@ -1997,34 +1989,33 @@ def sampling_curve(rows: list) -> Image.Image:
     return plot([curve], "PSNR of the predicted x_0", "network calls", "dB")
 
 def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
-    """How far samples are from the clean image, alone and as a mean, and from each other."""
-    spread = samples.var(dim=0, correction=0).mean().sqrt()
-    found = dict(psnr_mean=None, psnr_sample=None, spread=spread.item() * 127.5)
-    if x is not None:
-        found["psnr_mean"], _ = quality(samples.mean(dim=0, keepdim=True), x)
-        found["psnr_sample"] = psnr(samples.clamp(-1, 1), x, 2.0)       # of their mean error
-    return found
+    """How far samples are from the clean image, as a mean and alone, and from each other."""
+    mean, _ = quality(samples.mean(dim=0, keepdim=True), x)
+    alone = None if x is None else psnr(samples.clamp(-1, 1), x, 2.0)       # of their mean error
+    spread = samples.var(dim=0, correction=0).mean().sqrt().item()
+    return dict(psnr_mean=mean, psnr_sample=alone, spread=spread * 127.5)
 
 def prior_path(args) -> str | None:
-    """Where the prior lies, if one is asked for: of all t, or of t <= t_max."""
+    """Where the prior lies, if one is asked for: from noise one of all t, else of t <= t_max."""
     if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
         return None
     kind = "none" if args.init == "noise" else "dip"
-    return args.ckpt or os.path.join("runs", "train", f"{kind}.pt")
+    return args.ckpt or DEFAULT_PRIORS[kind]
 
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    defaults = [os.path.join("runs", "train", f"{name}.pt") for name in ("none", "dip")]
-    if path in defaults and not os.path.exists(path):
+    if path in DEFAULT_PRIORS.values() and not os.path.exists(path):
         train_default_prior(path, args.device.type)
-    kind = "none" if args.init == "noise" else "dip"
-    remedy = f"train another: train --prior {kind}"
+    remedy = "train another: train --prior dip, or none, to start from noise"
     _, prior = attempt("--ckpt", path, remedy, read_checkpoint)
     if prior.channels < channels:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
+    told = args.task if args.command == "sample" and not args.no_clue else None
+    if prior.task and (told is None or parse_task(told) != parse_task(prior.task)):
+        fail(f"--ckpt: {path} was trained for sample --task {prior.task} only; train another")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
@@ -2039,8 +2030,8 @@ def train_default_prior(path: str, device: str):
     say(f"there is no prior yet: {path} is trained on images/train, once")
     kind = os.path.basename(path)[:-3]
     folder = path[:-3] + "-unfinished"
-    unfinished = os.path.join(folder, f"{kind}.pt")
-    lock = os.path.join(folder, "busy")
+    unfinished = f"{folder}/{kind}.pt"
+    lock = f"{folder}/busy"
     command = ["train", "--prior", kind, "--out", folder, "--device", device]
     if os.path.exists(unfinished):
         command.append("--resume")
@@ -2061,8 +2052,7 @@ def load_data(path: str) -> list:
         return attempt("--data", path, remedy, read_array)
     images = [load_image(file, "--data")[0] for file in find_photos(path, "--data")]
     channels = max(len(image) for image in images)
-    images = [((image + 1) * 127.5).round().byte() for image in images]
-    return [image.expand(channels, -1, -1) for image in images]
+    return [((image.expand(channels, -1, -1) + 1) * 127.5).round().byte() for image in images]
 
 def read_array(path: str) -> list:
     """The images of a .npy file, or of the first array in an .npz."""
@@ -2081,6 +2071,14 @@ def checkpoint(args, path: str, channels: int) -> dict:
         config["t_max"] = 1000
         if args.prior == "dip":
             config["t_max"] = NoiseSchedule(1000, args.schedule).start_t(TOLD_START ** 2)
+    if args.task is not None:
+        name, number = parse_task(args.task)
+        if name == "denoise" or number in (None, 1):
+            fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
+        if args.out == "runs/train":
+            fail("--out: give a DDPM of one task a folder of its own; here lie those of many tasks")
+        if name == "superres" and args.patch % number > 0:
+            fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
         fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
     if args.resume:
@@ -2089,7 +2087,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
             began = state["config"].get(name)
             if value != began:
                 flag = dict(t_max="t-max", channels="data").get(name, name)
-                fail(f"--{flag}: the run began with {name} {began}; give that, or train anew")
+                fail(f"--{flag}: the run began with {name} {began}; keep that, or train anew")
         return state
     torch.manual_seed(stream(args.seed, INIT).initial_seed())
     weights = UNet(channels, args.width).state_dict()
@@ -2110,7 +2108,7 @@ def cmd_train(args):
     images = [image for image in images if min(image.shape[1:]) >= args.patch]
     if not images:
         fail("--patch: no picture is so large; give a smaller side")
-    path = os.path.join(args.out, f"{args.prior}.pt")
+    path = f"{args.out}/{args.prior}.pt"
     state = checkpoint(args, path, len(images[0]))
     if args.steps < state["step"]:
         fail(f"--steps: the run has made {state['step']} already; give more")
@@ -2145,19 +2143,22 @@ def cmd_train(args):
         return
     loss = state["eps_loss"][:, 1:t_max + 1].tolist()
     metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
-    save(os.path.join(args.out, "curves.png"), training_curves(rows, loss))
-    save(os.path.join(args.out, "log.csv"), rows)
-    save(os.path.join(args.out, "metrics.json"), metrics | dict(command=args.argv))
+    save(f"{args.out}/curves.png", training_curves(rows, loss))
+    save(f"{args.out}/log.csv", rows)
+    save(f"{args.out}/metrics.json", metrics | dict(command=args.argv))
 
 def fit_examples(state: dict, images: list, device) -> float:
     """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     smallest = min(min(image.shape[1:]) for image in images)
-    side = min(2 * config["patch"], smallest) // 4 * 4
-    if side < config["patch"]:
-        fail(f"--patch: DIPs here are of {side} pixels a side; give {side} or less, or --dips 0")
-    for example in brief_dips(images, config["dips"], side, config["seed"], device):
+    side = 2 * config["patch"]
+    if side > smallest:
+        side = config["patch"]
+    name = config.get("task")
+    if name is None and side % 4 > 0:
+        fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")
+    for example in brief_dips(images, config["dips"], side, config["seed"], device, name):
         state["dips"].append(example)
         bar.step()
     return bar.seconds
@@ -2207,7 +2208,7 @@ def run_arm(argv: list, out: str) -> dict:
     """The metrics of a command line: of an earlier run, if it had the same flags, and files of the
     same content; else of a new one. SystemExit: it ended in an error, which it has said."""
     args = parse([*argv, "--out", out])
-    path = os.path.join(out, "metrics.json")
+    path = f"{out}/metrics.json"
     if os.path.exists(path):
         metrics = json.loads(read_text(path))
         same = metrics["command"] == args.argv and metrics["files"] == fingerprint(args)
@@ -2243,10 +2244,9 @@ def over_first(rows: list) -> dict:
     """What each arm has over the first of the same task: [mean, low, high] in dB."""
     found = {}
     for group in group_by(rows, "task").values():
-        arms = group_by(group, "arm")
-        first = psnr_by_photo(arms[group[0]["arm"]])
-        for arm, own in arms.items():
-            other = psnr_by_photo(own)
+        arms = {arm: psnr_by_photo(own) for arm, own in group_by(group, "arm").items()}
+        first = arms[group[0]["arm"]]
+        for arm, other in arms.items():
             differences = [other[photo] - first[photo] for photo in other if photo in first]
             if differences:
                 found[arm] = interval(differences)
@@ -2255,13 +2255,12 @@ def over_first(rows: list) -> dict:
 def curves_of(rows: list, column: str) -> list:
     """PSNR against a column, means over photos and seeds. Arms that differ in numbers only are one
     curve, a single arm is a dot."""
+    rows = [row for row in rows if row.get(column) and row["psnr"] is not None]
     families = {}
     for arm, group in group_by(rows, "arm").items():
-        group = [row for row in group if row.get(column) and row["psnr"] is not None]
-        if group:
-            place = [np.mean([row[name] for row in group]) for name in (column, "psnr")]
-            family = re.sub(r"(?<=[ :])[\d.]+(?= |$)", "N", arm)
-            families.setdefault(family, []).append(place)
+        place = [np.mean([row[name] for row in group]) for name in (column, "psnr")]
+        family = re.sub(r"(?<=[ :])[\d.]+(?= |$)", "N", arm)
+        families.setdefault(family, []).append(place)
     curves = []
     for name, places in families.items():
         dot = "." if len(places) == 1 else ""
@@ -2277,17 +2276,14 @@ def draw_arms(args, rows: list, gains: dict):
             if arm in gains:
                 dots.append((arm.replace(f" --task {task}", "")[-92:], *gains[arm]))
         group = [row | dict(arm=row["arm"].replace(f" --task {task}", "")) for row in group]
-        against = [("seconds", "seconds"), ("nfe", "calls of the DDPM")]
-        if len({row["t0"] for row in group if row.get("t0")}) > 1:
-            against.append(("t0", "t0"))
-        for column, label in against:
+        for column, label in dict(seconds="seconds", nfe="calls of the DDPM", t0="t0").items():
             curves = curves_of(group, column)
-            if curves:
+            if len({x for _, xs, _ in curves for x in xs}) > 1:
                 chart = plot(curves, f"{task}: PSNR, mean over photos", label, "dB", xlog=True)
-                save(os.path.join(args.out, f"{column}-{folder_name(task)}.png"), chart)
+                save(f"{args.out}/{column}-{folder_name(task)}.png", chart)
     if gains:
         chart = dot_plot("PSNR, with 95 % intervals over photos", "dB", dots)
-        save(os.path.join(args.out, "arms.png"), chart)
+        save(f"{args.out}/arms.png", chart)
 
 def markdown(rows: list, gains: dict) -> str:
     """A table of the means of each arm over photos and seeds, and what it has over the first of
@@ -2340,16 +2336,7 @@ def compare_sets(args, network, held: list, results: dict):
         recall, coverage = recall_coverage(found["held"], found[arm])
         distance = frechet(found["held"], found[arm])
         rows.append(dict(arm=arm, n=len(paths), frechet=distance, recall=recall, coverage=coverage))
-    save(os.path.join(args.out, "sets.csv"), rows)
-
-def quick_flags(arm: str, prior: str) -> list:
-    """What makes an arm quick, beside few pixels: few steps, and a prior of two steps."""
-    flags = []
-    if arm.startswith("fit-dip") or "--init dip" in arm:
-        flags += ["--iters", "6"]
-    if arm.startswith("sample") or "adapt" in arm or "guide" in arm:
-        flags += ["--ckpt", prior]
-    return flags
+    save(f"{args.out}/sets.csv", rows)
 
 def cmd_evaluate(args):
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
@@ -2361,7 +2348,7 @@ def cmd_evaluate(args):
     if args.quick:
         photos = photos[:1]
         shared[1] = "32"
-        prior = os.path.join(args.out, "prior")
+        prior = f"{args.out}/prior"
         run(parse(["train", "--steps", "2", "--width", "8", "--out", prior, *shared[2:]]))
     if args.held:
         network = attempt("--features", args.features, "give a TorchScript network", torch.jit.load)
@@ -2377,16 +2364,19 @@ def cmd_evaluate(args):
             seed += 100 * args.seeds * photos.index(photo)
         command, *flags = arm.split()
         argv = [command, *shared, "--seed", str(seed), *flags, "--image", photo]
-        if args.quick:
-            argv += quick_flags(arm, os.path.join(prior, "none.pt"))
-        out = os.path.join(args.out, folder_name(f"{name} {seed}"), folder_name(arm))
+        if args.quick:                  # few steps, and a prior of two steps
+            if command == "fit-dip" or "--init dip" in arm:
+                argv += ["--iters", "6"]
+            if command == "sample" or "adapt" in arm or "guide" in arm:
+                argv += ["--ckpt", f"{prior}/none.pt"]
+        out = f"{args.out}/{folder_name(f'{name} {seed}')}/{folder_name(arm)}"
         try:
             rows.append(dict(photo=name, arm=arm) | run_arm(argv, out))
-            results.setdefault(arm, []).append(os.path.join(out, "result.png"))
+            results.setdefault(arm, []).append(f"{out}/result.png")
         except SystemExit:
             bad.append(f"{name}: {arm}")
     if rows:
-        save(os.path.join(args.out, f"{args.suite}.csv"), rows)
+        save(f"{args.out}/{args.suite}.csv", rows)
         gains = over_first(rows)
         say(markdown(rows, gains))
         draw_arms(args, rows, gains)
@@ -2452,8 +2442,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
-    add("--data", default=os.path.join(PHOTOS, "train"), help="folder, .npz, .npy (images/train)")
+    add("--data", default=f"{PHOTOS}/train", help="folder, .npz, .npy (images/train)")
     add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max (none: all t)")
+    add("--task", help="learn inpaint:SHARE or superres:S only (these, and to denoise)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
         help="fit so many brief DIPs of training images, and tell the DDPM of them (0)")
@@ -2466,7 +2457,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add = evaluate.add_argument
     add("suite", nargs="?", default="all", choices=[*SUITES, "all"], help="which table (all)")
-    add("--images", default=os.path.join(PHOTOS, "test"), help="a folder of photos (images/test)")
+    add("--images", default=f"{PHOTOS}/test", help="a folder of photos (images/test)")
     add("--arms", help="a file of command lines, one a line, in place of the suite's")
     add("--seeds", type=partial(whole, 99), default=1, help="--seed, --seed + 100, and so on (1)")
     add("--size", type=partial(whole, 10 ** 5), help="centre crop of each photo (128)")
@@ -2478,7 +2469,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--seed", type=partial(in_range, int, 0, 10 ** 9), default=0, help="(0)")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto)")
         add("--bf16", action="store_true", help="bfloat16: faster where the machine has it")
-        add("--out", default=os.path.join("runs", name), help=f"a folder (runs/{name})")
+        add("--out", default=f"runs/{name}", help=f"a folder (runs/{name})")
         command.error = fail
     parser.error = fail
     return parser
@@ -2486,15 +2477,7 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
     name, number = parse_task(args.task)
-    method = args.method or "staged"
-    source = args.input or METHODS[method][0]
-    aim = args.target or METHODS[method][1]
-    stop = args.stop or "holdout"
-    if name == "superres":
-        stop = args.stop or "fixed"
-        if aim == "conjugate":
-            aim = "plain"               # here there is no pair
-    settings = [f.name for f in fields(Settings)]
+    o = with_roles(Settings(**given(args)), int(number) if name == "superres" else 1)
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2502,16 +2485,16 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (aim != "conjugate", ["turns"], "without the conjugate target"),
+        (o.target != "conjugate", ["turns"], "without the conjugate target"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
-        (source == "fixed" and aim == "plain", ["high", "low", "fresh"], "without a ladder"),
-        (source == "fixed" and method == "adapt", ["input"], "as fixed: a DDPM cannot denoise z"),
+        (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
+        (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
-        (stop != "holdout", ["hold", "tail"], "without --stop holdout"),
-        (method == "adapt", ["width", "depth"], "with --method adapt"),
-        (method != "guide", ["weight"], "without --method guide"),
+        (o.stop != "holdout", ["hold", "tail"], "without --stop holdout"),
+        (o.method == "adapt", ["width", "depth"], "with --method adapt"),
+        (o.method != "guide", ["weight"], "without --method guide"),
         (prior_path(args) is None, ["ckpt"], "without --method adapt or guide"),
-        (args.init in ("noise", "observed"), [*settings, "no_guide"], "without --init dip"),
+        (args.init in ("noise", "observed"), [*given(args), "no_guide"], "without --init dip"),
         (args.init == "noise", ["start"], "with --init noise, which starts at t = 1000"),
     ]
     for useless, flags, reason in idle:
@@ -2535,7 +2518,7 @@ def parse(argv: list) -> argparse.Namespace:
         if args.image is None:
             if args.observed or args.mask:
                 fail("--image: --observed and --mask need the photo; name it with --image FILE")
-            args.image = os.path.join(PHOTOS, "test", "astronaut.png")
+            args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
         refuse_idle_flags(args)
     if args.command == "evaluate":

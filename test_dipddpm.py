@@ -369,6 +369,20 @@ def test_random_clues_tell_nothing_the_means_of_blocks_or_the_pixels_around_hole
                 assert torch.allclose(F.avg_pool2d(guess, scale), F.avg_pool2d(x, scale), atol=1e-5)
     assert len(kinds) == 3 and min(missing) < 0.2 and max(missing) > 0.8
 
+@pytest.mark.parametrize("name", ["superres:4", "inpaint:0.8"])
+def test_a_ddpm_of_one_task_is_told_that_task_of_every_image(name):
+    x0, gen = torch.rand(12, 3, 24, 24), D.stream(0, D.TRAIN)
+    told = torch.cat([D.random_clues(x0, gen, name) for _ in range(20)])
+    if name == "superres:4":
+        assert (told[:, 3] == 1 / 16).all()
+        task = D.Task(name, scale=4)
+        seen = torch.cat([task.clue(task.forward(v[None]), 3) for v in x0])
+        assert all((clue == seen).all(dim=(1, 2, 3)).any() for clue in told)
+    else:
+        assert set(told[:, 3].unique().tolist()) == {0.0, 1.0}
+        assert told[:, 3].mean().item() == pytest.approx(0.2, abs=0.01)
+        assert len(torch.unique(told[:, 3], dim=0)) > 60        # another mask each time
+
 def test_estimate_sigma():
     gen = torch.Generator().manual_seed(0)
     stripes = 0.5 * torch.sin(torch.arange(128.0)).expand(1, 3, 128, 128)     # a texture all over
@@ -646,6 +660,9 @@ def test_a_quarter_of_the_images_is_told_a_brief_dip(tmp_path, data, monkeypatch
     assert (x0[:12] == -1).all() and (x0[12:] != -1).any(dim=3).all()
     assert run(*flags, "--dips", 7, "--steps", 5, "--resume") == 0 and run(*flags, "--dips", 6, "--resume") == 2
     assert all(map(torch.equal, state["dips"], load(tmp_path / "none.pt")["dips"]))
+    assert run(*flags, "--dips", 3, "--task", "superres:4", "--out", tmp_path / "one") == 0
+    assert all((example[6] == 1 / 16).all() for example in load(tmp_path / "one" / "none.pt")["dips"])
+    assert run(*flags, "--dips", 3, "--patch", 17) == 2
 
 def test_brief_dips_are_fits(monkeypatch):
     fit, lengths = D.fit_dip, []
@@ -827,6 +844,26 @@ def test_resume_refuses_other_settings(tmp_path, data, priors, capsys):
     assert run(*flags, "--resume", "--steps", 3) == 2               # it has made four
     one_line(capsys, "--steps", "4")
     assert load(tmp_path / "none.pt")["step"] == 4
+
+def test_a_prior_of_one_task(tmp_path, data, photo, capsys):
+    flags = ["train", *BRIEF, "--data", data, "--out", tmp_path, "--task"]
+    for task, flag in (("denoise:25", "--task"), ("inpaint", "--task"), ("inpaint:1", "--task"),
+                       ("nonsense", "--task"), ("superres:6", "--patch")):
+        assert run(*flags, task) == 2
+        one_line(capsys, flag)
+    assert run(*flags, "superres:4") == 0 and run(*flags, "superres:4", "--resume", "--steps", 4) == 0
+    assert run(*flags, "inpaint:0.8", "--resume") == 2
+    one_line(capsys, "--task", "superres:4")
+    words = ["sample", "--steps", 2, "--samples", 1, "--image", photo, "--ckpt", tmp_path / "none.pt",
+             "--out", tmp_path / "o", "--task"]
+    assert run(*flags[:-3], "--task", "superres:4") == 2                # not among the default priors
+    one_line(capsys, "--out")
+    assert run(*words, "superres:4") == 0 and run(*words, "superres:4.0") == 0
+    for task, *more in (["denoise:25"], ["superres:4", "--no-clue"], ["superres:2"]):
+        capsys.readouterr()
+        assert run(*words, task, *more) == 2, task
+        one_line(capsys, "--ckpt", "superres:4")
+    assert run("fit-dip", "--method", "guide", *TINY, *words[5:], "superres:4") == 2
 
 def test_pictures_smaller_than_a_patch_are_left_out(tmp_path, monkeypatch, capsys):
     for side in (12, 40):
@@ -1292,13 +1329,13 @@ def test_windows_without_noise(windows, scale):
     known = (torch.rand(1, 1, 64, 64, generator=D.stream(0, D.OBSERVE)) > 0.5).float()
     task = D.Task("free", 0.0, scale, known if scale == 1 else torch.tensor(1.0))
     y = task.forward(x)
-    *_, last = D.fit_dip(y, task, iters=120, stop="holdout", **WINDOWS)
+    *_, last = D.fit_dip(y, task, iters=48, stop="holdout", **WINDOWS)
     assert torch.allclose(task.forward(last.answer), y, atol=1e-5) and last.answer.shape == x.shape
     _, seen_task, judge = D.hold_out(y, task, D.stream(0, D.FIT))
     assert 0 < last.risk < judge(0 * x)
     assert ((last.answer - x) ** 2).mean() < ((task.pinv(y) - x) ** 2).mean()
     other = torch.where(seen_task.mask > 0, y, 1.0)         # another picture where it is held out
-    outputs = [[stage.output for stage in D.fit_dip(v, task, iters=16, stop="holdout", **WINDOWS)]
+    outputs = [[stage.output for stage in D.fit_dip(v, task, iters=8, stop="holdout", **WINDOWS)]
                for v in (y, other)]
     assert all(torch.equal(a, b) for a, b in zip(*outputs))
 
@@ -1920,7 +1957,7 @@ def noisy_photo(path, n=96, sigma=0.1):
     return x
 
 def test_a_photo_with_noise_of_its_own(tmp_path, capsys):
-    x = noisy_photo(tmp_path / "p.png", n=264)
+    x = noisy_photo(tmp_path / "p.png", n=136)
     words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise", "--iters", 20,
              "--rungs", 4, "--width", 8, "--out", tmp_path / "o"]
     assert run(*words) == 0
@@ -1931,7 +1968,7 @@ def test_a_photo_with_noise_of_its_own(tmp_path, capsys):
     assert found["neighbour"] == pytest.approx(2 / 3, abs=0.12)
     assert {"dark", "middle", "bright"} < set(found)
     assert Image.open(tmp_path / "o" / "noise.png").size[0] > 400               # two panels
-    assert Image.open(tmp_path / "o" / "figure.png").size[1] > 2 * 264          # and the centres
+    assert Image.open(tmp_path / "o" / "figure.png").size[1] > 2 * 136          # and the centres
     y, answer = loaded(tmp_path / "p.png"), loaded(tmp_path / "o" / "result.png")
     assert ((answer - x) ** 2).mean() <= 1.1 * ((y - x) ** 2).mean()
 
@@ -1950,7 +1987,7 @@ def test_noise_told_wrongly_is_amplified_in_no_band(tmp_path, capsys):
     y = loaded(tmp_path / "p.png")
     before = band_energies(y - x)
     words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise:25", "--iters", 60,
-             "--nets", 1, "--out", tmp_path / "o"]
+             "--nets", 1, "--width", 16, "--out", tmp_path / "o"]
     assert run(*words) == 0
     assert "not white noise of level 25" in capsys.readouterr().out
     after = band_energies(loaded(tmp_path / "o" / "result.png") - x)
@@ -2325,12 +2362,12 @@ def test_arms_that_differ_in_numbers_are_one_curve():
 def test_evaluate_draws_what_it_measured(tmp_path):
     args = D.parse(["evaluate", "--out", str(tmp_path)])
     D.draw_arms(args, table_rows(), D.over_first(table_rows()))
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
-        "arms.png", "nfe", "seconds", "seconds"]
-    rows = [row | dict(t0=10 * k) for k, row in enumerate(table_rows())]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["arms.png", "seconds"]
+    rows = [row | dict(t0=10 * k, nfe=k) for k, row in enumerate(table_rows())]
     args.out = str(tmp_path / "starts")
-    D.draw_arms(args, rows, D.over_first(rows))                     # one that starts at several times
-    assert [path for path in (tmp_path / "starts").iterdir() if path.name.startswith("t0-")]
+    D.draw_arms(args, rows, D.over_first(rows))                     # several times and calls
+    drawn = {path.name.split("-")[0] for path in (tmp_path / "starts").iterdir()}
+    assert drawn == {"arms.png", "nfe", "seconds", "t0"}
     args.out = str(tmp_path / "none")
     D.draw_arms(args, table_rows()[-1:], {})                        # without a clean photo: nothing
     assert not (tmp_path / "none").exists()
