@@ -1,7 +1,7 @@
 """Tests of dipddpm.py against closed forms, golden numbers and other libraries.
 
     python -m pytest -q               all but the long ones
-    python -m pytest -q -m fuzz       random pictures and flags, killed processes: about a minute
+    python -m pytest -q -m fuzz       random flags, several processes, longer fits: two minutes
     python -m pytest -q -m bench -s   the time of a step, against a matrix product's
 """
 import ast
@@ -906,6 +906,7 @@ def torchrun(world, *argv):
          *map(str, argv)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     return done.returncode, done.stdout + done.stderr
 
+@fuzz
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_train_like_one(tmp_path, data):
     """The same uneven global batch gives the same gradients, but for rounding."""
@@ -1310,6 +1311,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(D, "WHOLE_PIXELS", 1000)
     monkeypatch.setattr(D, "WINDOW", 16)
 
+@fuzz
 def test_a_large_photo_is_fitted_in_windows(windows):
     """The answer is for all of y, and better than y; R is near the true error."""
     x = smooth_image(64)[..., :48]
@@ -1626,6 +1628,7 @@ def test_no_code_page_and_no_closed_pipe_raises(tmp_path, monkeypatch, capsys):
         D.fail("--out: one\ntwo\r\nthree")
     assert stop.value.code == 2 and capsys.readouterr().err == "error: --out: one two three\n"
 
+@fuzz
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_a_reader_that_leaves_and_a_name_that_cannot_be_printed(tmp_path):
     D.to_image(smooth_image()).save(tmp_path / "bild-\u00e4.png")
@@ -1956,6 +1959,7 @@ def noisy_photo(path, n=96, sigma=0.1):
     D.to_image(y).save(path)
     return x
 
+@fuzz
 def test_a_photo_with_noise_of_its_own(tmp_path, capsys):
     x = noisy_photo(tmp_path / "p.png", n=136)
     words = ["fit-dip", "--image", tmp_path / "p.png", "--observed", "--task", "denoise", "--iters", 20,
@@ -1979,6 +1983,7 @@ def band_energies(error):
     ring = (torch.maximum(u[:, None], u[None]) * 15.99).long()
     return [power[..., ring == k].mean().item() for k in range(8)]
 
+@fuzz
 def test_noise_told_wrongly_is_amplified_in_no_band(tmp_path, capsys):
     """A grey wall with correlated noise of level 6 and white of 1, told to be white and 25."""
     x = torch.full((1, 3, 64, 64), 0.1)
@@ -2033,6 +2038,7 @@ def test_jpeg_level(tmp_path):
         assert levels[-1] == pytest.approx(math.sqrt(sum(q * q for q in steps) / 64 / 12) / 2)
     assert levels == sorted(levels) and levels[1] == pytest.approx(4.87, abs=0.01)
 
+@fuzz
 def test_what_cannot_be_right_is_said(tmp_path, capsys, monkeypatch):
     white = with_noise(torch.zeros(1, 3, 64, 64), 0.05).clamp(-1, 1)
     white[..., :20] = 1.0                           # nearly a third is clipped
