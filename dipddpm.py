@@ -666,9 +666,12 @@ def random_clues(x0: Tensor, gen: torch.Generator, name: str | None = None) -> T
         nothing = Task("nothing", mask=torch.zeros(1, 1, side, side))
         tasks = [nothing, nothing, nothing, Task("blocks", scale=scale),
                  random_holes(side, 1, gen), random_holes(side, hole, gen)]
-    order = torch.randperm(6, generator=gen).tolist()
-    parts = zip(order, x0.split(math.ceil(count / 6)))      # of a small batch there are fewer
-    return torch.cat([tasks[k].clue(tasks[k].forward(part), channels) for k, part in parts])
+    order = torch.randperm(6, generator=gen).tolist()       # a small batch has fewer parts
+    clues = []
+    for k, part in zip(order, x0.split(math.ceil(count / 6))):
+        y = tasks[k].forward(part)
+        clues.append(tasks[k].clue(y, channels))
+    return torch.cat(clues)
 
 def draw_batch(images: list, dips: list, config: dict, gen: torch.Generator) -> tuple:
     """(x_0, eps, clues) of a step of training. Where there are DIPs of training images, a quarter
@@ -1321,8 +1324,8 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     u = a.cpu().double().flatten(0, 1)[:, None]             # each channel for itself
     v = b.cpu().double().flatten(0, 1)[:, None]
     maps = torch.cat([u, v, u * u, v * v, u * v])
-    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
-    mean_u, mean_v, uu, vv, uv = maps.chunk(5)
+    maps = F.conv2d(maps, window.view(1, 1, 11, 1))
+    mean_u, mean_v, uu, vv, uv = F.conv2d(maps, window.view(1, 1, 1, 11)).chunk(5)
     likeness = (2 * mean_u * mean_v + c1) * (2 * (uv - mean_u * mean_v) + c2)
     spread = (mean_u ** 2 + mean_v ** 2 + c1) * (uu - mean_u ** 2 + vv - mean_v ** 2 + c2)
     return (likeness / spread).mean().item()
@@ -1824,7 +1827,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
         interrupted = True
     metrics = dict(iters=stage.step, stop_iter=stage.stop_step, risk=stage.risk, seconds=seconds,
                    interrupted=interrupted)
-    spread = task.noise_of_y().level ** 2 * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
+    variance = task.noise_of_y().level ** 2
+    spread = variance * (1 + 1 / o.hold ** 2) * (2 / y.numel()) ** 0.5
     if stage.risk < -2 * spread:
         say("R is below zero by more than its spread: the noise is not what it was taken for; "
             "for a noisy photo of your own use --observed --task denoise, without a number")
@@ -2052,7 +2056,8 @@ def load_data(path: str) -> list:
         return attempt("--data", path, remedy, read_array)
     images = [load_image(file, "--data")[0] for file in find_photos(path, "--data")]
     channels = max(len(image) for image in images)
-    return [((image.expand(channels, -1, -1) + 1) * 127.5).round().byte() for image in images]
+    images = [((image + 1) * 127.5).round().byte() for image in images]
+    return [image.expand(channels, -1, -1) for image in images]
 
 def read_array(path: str) -> list:
     """The images of a .npy file, or of the first array in an .npz."""
