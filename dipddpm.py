@@ -2537,6 +2537,9 @@ def refuse_idle_flags(args):
     name, number = parse_task(args.task)
     scale = int(number) if name == "superres" else 1
     o = with_roles(Settings(**given(args)), scale, name == "denoise")
+    told = o.method == "adapt" and name != "denoise"
+    if told and args.init == "dip":
+        fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2544,7 +2547,9 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate", ["turns"], "without the conjugate target"),
+        (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
+        (told, ["input", "target", "fresh"], "with --method adapt where y has no noise"),
+        (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),

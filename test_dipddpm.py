@@ -863,6 +863,8 @@ def test_a_prior_of_one_task(tmp_path, data, photo, capsys):
         capsys.readouterr()
         assert run(*words, task, *more) == 2, task
         one_line(capsys, "--ckpt", "superres:4")
+    adapt = ["fit-dip", "--method", "adapt", "--iters", 3, *words[5:], "superres:4"]
+    assert run(*adapt) == 0 and run(*adapt[:-1], "inpaint:0.8") == 2
     assert run("fit-dip", "--method", "guide", *TINY, *words[5:], "superres:4") == 2
 
 def test_pictures_smaller_than_a_patch_are_left_out(tmp_path, monkeypatch, capsys):
@@ -1412,6 +1414,7 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["fit-dip"], ["fit-dip", "--task", "inpaint:0.5"], ["fit-dip", "--task", "superres:2"],
             ["fit-dip", "--stop", "wmv"], ["fit-dip", "--method", "dip"], ["fit-dip", "--input", "fixed"],
             ["fit-dip", "--method", "adapt"], ["fit-dip", "--observed", "--task", "denoise"],
+            ["fit-dip", "--method", "adapt", "--task", "superres:2"],
             ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
         flags += ["--ckpt", priors / "dip.pt"] if "sample" in words or "adapt" in words else []
@@ -1915,7 +1918,7 @@ def test_fit_dip(tmp_path, photo, priors, extra):
         assert metrics["psnr"] == pytest.approx(D.psnr(result, x, 2.0), abs=0.1)
 
 @pytest.mark.parametrize("line", [
-    "sample --init dip --method adapt --steps 2", "sample --init dip --method guide --steps 2",
+    "sample --init dip --method adapt --task denoise:25 --steps 2", "sample --init dip --method guide --steps 2",
     "fit-dip --method guide --input estimate", "fit-dip --method adapt --nets 2",
     "fit-dip --method adapt --optimiser muon", "fit-dip --input fixed --task superres:4"])
 def test_odd_combinations_work(tmp_path, photo, priors, line):
@@ -2543,6 +2546,9 @@ fit-dip P --out file/below -> --out
 fit-dip P --method adapt --ckpt cut.pt -> --ckpt
 fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
+fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
+fit-dip P --method adapt --task superres:4 --high 2 -> --high
+sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
 evaluate stopping --arms missing.txt -> --arms
