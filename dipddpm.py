@@ -1134,7 +1134,8 @@ class Fit:
             return seen.clue(y, y.shape[1]), TOLD_START, y * hidden.mask, hidden
         half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
         image = F.interpolate(alone, half, mode="area")
-        return task.clue(task.forward(image), y.shape[1]), TOLD_START, image, Task("all")
+        blocks = Task("blocks", scale=task.scale)
+        return blocks.clue(blocks.forward(image), y.shape[1]), TOLD_START, image, Task("all")
 
     def newest_weight(self) -> float:
         """The weight of the newest step in a running mean: 5 / step, which averages about the last
