@@ -1132,9 +1132,11 @@ class Fit:
         if task.scale == 1:
             seen, hidden = split_pixels(y, task, a, side, self.gen)
             return seen.clue(y, y.shape[1]), TOLD_START, y * hidden.mask, hidden
+        blocks = Task("blocks", scale=task.scale)
         half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
         image = F.interpolate(alone, half, mode="area")
-        blocks = Task("blocks", scale=task.scale)
+        side = max(1, min(half) // task.scale - 1) * task.scale     # one block less: it is shifted
+        image = image[random_place(image, side, self.gen)]
         return blocks.clue(blocks.forward(image), y.shape[1]), TOLD_START, image, Task("all")
 
     def newest_weight(self) -> float:
@@ -1173,7 +1175,7 @@ class Fit:
         o = self.o
         variance, scores = MovingVariance(), []
         if self.told:
-            start = self.alone = self.look(y, task, start, turns=8)
+            start = self.alone = task.keep_known(self.look(y, task, start, turns=8), y)
         for stage in self.descend(y, task, rungs, start):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
@@ -1199,7 +1201,7 @@ class Fit:
         first = task.interpolate(y)
         if self.told:
             guess = self.alone
-            first = task.keep_known(guess, y)
+            first = task.keep_known(guess, y)       # of the whole of y
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         return first.lerp(answer, share), guess.lerp(unseen, share)
 
