@@ -811,7 +811,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "dip": ("fixed", "plain"),              # Ulyanov et al. 2018: a fixed z, and y
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
-    "adapt": ("observed", "conjugate"),     # as staged, but from a trained DDPM's weights
+    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see Fit.told_pair
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
@@ -1135,8 +1135,8 @@ class Fit:
         blocks = Task("blocks", scale=task.scale)
         half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
         image = F.interpolate(alone, half, mode="area")
-        side = max(1, min(half) // task.scale - 1) * task.scale     # one block less: it is shifted
-        image = image[random_place(image, side, self.gen)]
+        length = max(1, min(half) // task.scale - 1) * task.scale   # one block less: it is shifted
+        image = image[random_place(image, length, self.gen)]
         return blocks.clue(blocks.forward(image), y.shape[1]), TOLD_START, image, Task("all")
 
     def newest_weight(self) -> float:
@@ -1280,6 +1280,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
 # not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
 # which has no R, the DIP's error is taken to be START_ERROR).
+# The way back is in section 5: a DIP that begins as a DDPM, `dipddpm.py fit-dip --method adapt`.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
