@@ -491,15 +491,14 @@ def draw_lots(known: Tensor, side: int, gen: torch.Generator) -> Tensor:
     return torch.where(known > 0, lots, 2.0)
 
 def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generator) -> tuple:
-    """The pair where y has holes: (the seen pixels, interpolated; the task of the hidden pixels).
+    """The pair where y has holes: (the task of the seen pixels, the task of the hidden ones).
 
     A known pixel is hidden with probability a^2 / (1 + a^2): with noise, z2 = y - w / a has this
     share of what y knows. The hidden pixels form squares that are as deep as the holes.
     """
     mask = task.known(y)
     hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
-    seen = replace(task, mask=mask - hidden)
-    return seen.interpolate(y), replace(task, mask=hidden)
+    return replace(task, mask=mask - hidden), replace(task, mask=hidden)
 
 def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
     """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
@@ -546,6 +545,7 @@ class Prior(nn.Module):
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.task = config.get("task")      # the only one that it has learned; None: any
+        self.told = False                   # whether forward is given a clue in place of z
         self.schedule = self.model.schedule
         # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
@@ -555,12 +555,20 @@ class Prior(nn.Module):
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma."""
+        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. If
+        told, z is a clue (Task.clue), and its guess is drowned in noise of this level here."""
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
+        clue = share = z[:, :0]
+        if self.told:
+            z, share = z[:, :-1], z[:, -1:]
         z3 = z.expand(-1, self.channels, -1, -1)            # grey is three equal channels
+        if self.told:
+            clue = torch.cat([z3, share], dim=1)
+            z3 = z3 + self.schedule.sigma[t].item() * torch.randn_like(z3)
         xt = self.schedule.abar[t].sqrt().item() * z3
-        x0 = predict_x0(self.schedule, xt, ts, self.model(xt, ts))
+        eps = self.model(torch.cat([xt, clue], dim=1), ts)
+        x0 = predict_x0(self.schedule, xt, ts, eps)
         return like_channels(x0, z)
 
 def like_channels(x: Tensor, given: Tensor) -> Tensor:
@@ -803,10 +811,11 @@ METHODS = {     # what the network sees, and what its output is compared with
     "dip": ("fixed", "plain"),              # Ulyanov et al. 2018: a fixed z, and y
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
-    "adapt": ("observed", "conjugate"),     # as staged, but from a trained DDPM's weights
+    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see Fit.told_pair
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
+TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
 TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
@@ -840,15 +849,18 @@ class Settings:
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
-def with_roles(o: Settings, scale: int) -> Settings:
+def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
     For superres (scale > 1) there is no pair, and no blocks are held out: R would not see what is
     finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
-    lost; CBSD68).
+    lost; CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
+    is held out either (0.1 dB; BSDS).
     """
     source, aim = METHODS[o.method]
     stop = "holdout"
+    if o.method == "adapt" and not noisy:
+        stop = "fixed"
     if scale > 1:
         stop = "fixed"
         if aim == "conjugate":
@@ -858,7 +870,7 @@ def with_roles(o: Settings, scale: int) -> Settings:
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
-    o = with_roles(o, task.scale)
+    o = with_roles(o, task.scale, noisy)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
     if o.method == "staged" and noisy:
@@ -870,9 +882,9 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     elif o.method == "adapt" and noisy:
         values.update(iters=100, lr=1e-4, tail=0.25)
     elif o.method == "adapt" and task.scale == 1:
-        values.update(iters=100, lr=5e-4, high=1.5, tail=0.25)
+        values.update(iters=40, lr=1e-3, rungs=5, high=0.65, low=0.65)
     elif o.method == "adapt":
-        values.update(iters=100, lr=5e-4, high=1.0)
+        values.update(iters=60, lr=3e-4, rungs=5)
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief:
@@ -1034,6 +1046,7 @@ class Fit:
         self.step = 0
         self.z = None                   # the fixed input, if there is one
         self.w = None                   # the noise of the newest step
+        self.alone = None               # what a told DDPM makes of y before it is fitted
         self.rise = 0.0                 # of the score, from the best stage to the newest
         channels = y.shape[1]
         if o.input == "fixed":
@@ -1045,10 +1058,15 @@ class Fit:
         else:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
-        # Of a photo that is seen whole, outputs are averaged; of others, the network's weights.
+        self.told = o.method == "adapt" and task.sigma == 0
+        if self.told:
+            self.net.told = True
+        # The estimate is the mean of the outputs. But of a large photo, and from a network that is
+        # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
+        self.looks = self.windowed or self.told
         self.judged = self.net
-        if self.windowed:
+        if self.looks:
             self.judged = copy.deepcopy(self.net).eval()
         rates = (o.lr, 0.01) if o.optimiser == "muon" else (None, o.lr)
         self.optimisers = make_optimisers(self.net, *rates)
@@ -1056,12 +1074,14 @@ class Fit:
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
-        # A pair may be turned (Theorem 3 of report.md); for superres there is none.
-        turning = o.turns and o.target == "conjugate" and task.scale == 1
+        # A pair may be turned (Theorem 3 of report.md); for superres only `adapt` has one.
+        turning = o.turns and (self.told or o.target == "conjugate" and task.scale == 1)
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
             base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
+            if self.told:
+                base = self.alone
             self.w = None
             for _ in range(steps):
                 z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
@@ -1069,15 +1089,15 @@ class Fit:
                     g = int(torch.randint(8, (), generator=self.gen))
                 output = turned_back(self.net(turned(z1, g), level), g)
                 self.learn(fit_loss(o, output, z2, z2_task, level, self.prior))
-                if not self.windowed:
+                if not self.looks:
                     average = average.lerp(output.detach(), self.newest_weight())
                 if self.tick:
                     self.tick()
-            if self.windowed:
+            if self.looks:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
             mse = z2_task.mse(output, z2).item()
-            noise = 0.0 if splits(o, task) else level
+            noise = 0.0 if self.told or splits(o, task) else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
     def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
@@ -1088,6 +1108,8 @@ class Fit:
             task = replace(task, mask=cut(task.known(y), places))
             base = cut(base, places, task.scale)
             y = cut(y, places)
+        if self.told:
+            return self.told_pair(y, task, base, a, side)
         if o.fresh or self.w is None:
             shape = task.pinv(y).shape
             self.w = (task.sigma or FREE_UNIT) * torch.randn(shape, generator=self.gen).to(y)
@@ -1096,8 +1118,26 @@ class Fit:
             return z, level, noisy_target(o, y, a, self.w, task), task      # z2 = y - w / a
         seen, hidden = split_pixels(y, task, a, side, self.gen)
         if o.input == "observed":
-            z = seen                    # without noise; `adapt` is told the level all the same
+            z = seen.interpolate(y)     # without noise
         return z, level, y * hidden.mask, hidden
+
+    def told_pair(self, y: Tensor, task: Task, alone: Tensor, a: float, side: int) -> tuple:
+        """A step's pair for a DDPM that is told y, as in its training: (a clue, the level of the
+        noise that drowns the clue's guess, an image, the task of those of its pixels that count).
+
+        Where pixels are missing the clue is a part of the known ones, and the rest counts. Where
+        blocks are known the DDPM's own answer at half its size stands for an image that is known
+        whole, since photos are alike at many sizes (Glasner et al. 2009).
+        """
+        if task.scale == 1:
+            seen, hidden = split_pixels(y, task, a, side, self.gen)
+            return seen.clue(y, y.shape[1]), TOLD_START, y * hidden.mask, hidden
+        blocks = Task("blocks", scale=task.scale)
+        half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
+        image = F.interpolate(alone, half, mode="area")
+        length = max(1, min(half) // task.scale - 1) * task.scale   # one block less: it is shifted
+        image = image[random_place(image, length, self.gen)]
+        return blocks.clue(blocks.forward(image), y.shape[1]), TOLD_START, image, Task("all")
 
     def newest_weight(self) -> float:
         """The weight of the newest step in a running mean: 5 / step, which averages about the last
@@ -1105,10 +1145,13 @@ class Fit:
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
-        """The averaged network's estimate of a large photo, in tiles, the mean of some turns."""
-        if self.o.input == "observed":
-            average = task.interpolate(y)
+        """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
         level = task.sigma or self.o.low * FREE_UNIT
+        if self.told:
+            average = task.clue(y, y.shape[1])
+            level = TOLD_START
+        elif self.o.input == "observed":
+            average = task.interpolate(y)
         views = [tiled(self.judged, turned(average, g), level) for g in range(turns)]
         return mean_image([turned_back(view, g) for g, view in enumerate(views)])
 
@@ -1121,7 +1164,7 @@ class Fit:
         if self.o.optimiser == "muon":
             rate *= 1 - 0.9 * min(1, self.step / self.o.iters)
         step_all(self.optimisers, rate)
-        if self.windowed:
+        if self.looks:
             update_ema(self.judged, self.net, self.newest_weight())
             if self.step == 50:
                 self.net.eval()     # BatchNorm would go on removing each window's own contrast
@@ -1131,6 +1174,8 @@ class Fit:
         end the network has the weights of the best."""
         o = self.o
         variance, scores = MovingVariance(), []
+        if self.told:
+            start = self.alone = task.keep_known(self.look(y, task, start, turns=8), y)
         for stage in self.descend(y, task, rungs, start):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
@@ -1147,6 +1192,18 @@ class Fit:
                 break
         self.rise = scores[-1] - scores[best_rung]
         self.judged.load_state_dict(weights)
+
+    def mixed(self, y: Tensor, task: Task, answer: Tensor, unseen: Tensor, guess: Tensor, judge):
+        """The answer mixed with what there was before the fit, the interpolation or what a told
+        DDPM makes of y, whose errors differ; and so the one that was made before the fit saw what
+        was held out, by what was guessed from the same part. For superres R sees too little of
+        these errors: there each counts as one half."""
+        first = task.interpolate(y)
+        if self.told:
+            guess = self.alone
+            first = task.keep_known(guess, y)       # of the whole of y
+        share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
+        return first.lerp(answer, share), guess.lerp(unseen, share)
 
     def tail(self, task: Task, rungs: list) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
@@ -1191,8 +1248,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
         answer = best.average
-        if fit.windowed:                # this look is the tail: it sees all of y
-            answer = fit.look(y, task, answer, turns=4)
+        if fit.looks:                   # this look is the tail: it sees all of y
+            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
         for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
@@ -1205,11 +1262,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     answer = mean_image(answers)
     unseen = mean_image(blind)
-    if o.method == "staged" and task.sigma == 0:
-        # The interpolation has other errors than a fit. For superres R sees too little of them.
-        share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
-        answer = task.interpolate(y).lerp(answer, share)
-        unseen = guess.lerp(unseen, share)
+    if o.method in ("staged", "adapt") and task.sigma == 0:
+        answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
     if judge:
         found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
@@ -1226,6 +1280,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
 # not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
 # which has no R, the DIP's error is taken to be START_ERROR).
+# The way back is in section 5: a DIP that begins as a DDPM, `dipddpm.py fit-dip --method adapt`.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
@@ -1615,7 +1670,6 @@ class Progress:
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
 START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
-TOLD_START = 2.0    # the noise where a told DDPM starts, and the most that `--prior dip` trains on
 SAVE_EVERY = 100                # steps of a training
 DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
 CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
@@ -2017,9 +2071,12 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
-    told = args.task if args.command == "sample" and not args.no_clue else None
-    if prior.task and (told is None or parse_task(told) != parse_task(prior.task)):
-        fail(f"--ckpt: {path} was trained for sample --task {prior.task} only; train another")
+    if args.command == "sample":
+        told = not args.no_clue
+    else:
+        told = args.method == "adapt"
+    if prior.task and not (told and parse_task(args.task) == parse_task(prior.task)):
+        fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
@@ -2482,7 +2539,11 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
     name, number = parse_task(args.task)
-    o = with_roles(Settings(**given(args)), int(number) if name == "superres" else 1)
+    scale = int(number) if name == "superres" else 1
+    o = with_roles(Settings(**given(args)), scale, name == "denoise")
+    told = o.method == "adapt" and name != "denoise"
+    if told and args.init == "dip":
+        fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2490,7 +2551,9 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate", ["turns"], "without the conjugate target"),
+        (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
+        (told, ["input", "target", "fresh"], "with --method adapt where y has no noise"),
+        (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),

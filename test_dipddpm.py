@@ -575,14 +575,14 @@ def test_the_pair_of_pixels(a):
     y = torch.rand(2, 3, 96, 96, generator=gen)
     mask = (torch.rand(2, 1, 96, 96, generator=gen) < 0.5).float()
     task = D.Task("inpaint", mask=mask)
-    z, rest = D.split_pixels(y * mask, task, a, 1, D.stream(4, D.FIT))
-    hidden = rest.mask
+    visible, rest = D.split_pixels(y * mask, task, a, 1, D.stream(4, D.FIT))
+    z, hidden = visible.interpolate(y), rest.mask
     assert set(hidden.unique().tolist()) == {0.0, 1.0} and (hidden <= mask).all()
     count = mask.sum().item()
     share = a ** 2 / (1 + a ** 2)
     assert hidden.sum().item() / count == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / count))
-    other, _ = D.split_pixels(torch.where(hidden > 0, 7.0, y * mask), task, a, 1, D.stream(4, D.FIT))
-    assert torch.equal(z, other)
+    assert torch.equal(visible.mask, mask - hidden)
+    assert torch.equal(z, visible.interpolate(torch.where(hidden > 0, 7.0, y)))
     seen = (mask - hidden).expand_as(y) > 0
     assert torch.equal(z[seen], y[seen])
     for k in range(2):              # each of a batch is split for itself: windows of a large photo
@@ -863,6 +863,8 @@ def test_a_prior_of_one_task(tmp_path, data, photo, capsys):
         capsys.readouterr()
         assert run(*words, task, *more) == 2, task
         one_line(capsys, "--ckpt", "superres:4")
+    adapt = ["fit-dip", "--method", "adapt", "--iters", 3, *words[5:], "superres:4"]
+    assert run(*adapt) == 0 and run(*adapt[:-1], "inpaint:0.8") == 2
     assert run("fit-dip", "--method", "guide", *TINY, *words[5:], "superres:4") == 2
 
 def test_pictures_smaller_than_a_patch_are_left_out(tmp_path, monkeypatch, capsys):
@@ -1004,8 +1006,10 @@ class Shrink(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.tensor(0.1))
 
+    told = False
+
     def forward(self, z, sigma):
-        return self.w * z
+        return self.w * (z[:, :-1] if self.told else z)
 
 VARIANTS = [(task, dict(method=method)) for method in D.METHODS for task in (NOISY, HOLES)]
 VARIANTS += [(NOISY, options) for options in (dict(loss="gradient"), dict(fresh=0, turns=0), dict(input="fixed"),
@@ -1036,6 +1040,75 @@ def test_adapt_leaves_the_prior_as_it_was():
     prior, x = Shrink(), smooth_image(12)
     *_, last = D.fit_dip(x, NOISY, prior, method="adapt", iters=20, lr=0.1)
     assert prior.w.item() == pytest.approx(0.1) and not torch.allclose(last.output, 0.1 * x)
+
+def tiny_prior(channels=3):
+    """A DDPM that has learned nothing yet, but for random last filters."""
+    torch.manual_seed(1)
+    net = D.UNet(channels, width=8)
+    nn.init.normal_(net.out.weight, std=0.02)
+    config = dict(channels=channels, width=8, schedule="linear", dips=0, t_max=1000)
+    return D.Prior(dict(config=config, ema=net.state_dict(), eps_loss=torch.ones(2, 1001)))
+
+@pytest.mark.parametrize("channels, given", [(3, 3), (3, 1), (1, 1)])
+def test_a_prior_that_is_told_y_makes_the_first_call_of_sampling(channels, given):
+    """Of the same x_t, whose noise is drawn here from torch's own stream; a grey y has a grey answer."""
+    prior, y = tiny_prior(channels), HOLES.forward(smooth_image(12, given))
+    prior.told = True
+    torch.manual_seed(3)
+    with torch.no_grad():
+        x0 = prior(HOLES.clue(y, given), D.TOLD_START)
+    torch.manual_seed(3)
+    t = prior.schedule.start_t(D.TOLD_START ** 2)
+    guess = HOLES.interpolate(y).expand(-1, channels, -1, -1)
+    xt = D.q_sample(prior.schedule, guess, torch.tensor([t]), torch.randn_like(guess))
+    samples = D.reverse(prior, D.Task("all"), xt, t, [D.stream(0, D.SAMPLE)], steps=1,
+                        clue=HOLES.clue(y, channels))
+    assert x0.shape == y.shape
+    torch.testing.assert_close(x0.clamp(-1, 1), D.like_channels(samples, y), atol=1e-4, rtol=0)
+
+def told_fit(y, task, **given):
+    o = D.complete(D.Settings(method="adapt", **given), task, y)
+    torch.manual_seed(0)
+    return D.Fit(o, y, task, D.stream(0, D.FIT), tiny_prior(), None)
+
+def test_the_pair_of_a_told_prior_where_pixels_are_missing():
+    """The clue is that of the seen pixels; only the hidden ones count, which the clue does not know."""
+    y = HOLES.forward(smooth_image(12))
+    fit = told_fit(y, HOLES)
+    clue, level, target, task = fit.draw_pair(y, HOLES, y, 0.65, 1)
+    seen = clue[:, -1:]
+    assert level == D.TOLD_START and 0 < task.mask.sum() < HOLES.known(y).sum()
+    assert torch.equal(seen + task.mask, HOLES.known(y)) and torch.equal(target, y * task.mask)
+    again = D.Task("seen", mask=seen).clue(torch.where(task.mask > 0, 9.0, y), 3)
+    assert torch.equal(clue, again)
+
+@pytest.mark.parametrize("side", [24, 20])
+def test_the_pair_of_a_told_prior_where_blocks_are_known(side):
+    """A part of the DDPM's own answer at half its size, anywhere in it, and the clue of its blocks."""
+    task, x = D.Task("superres:4", scale=4), smooth_image(side)
+    y = task.forward(x)
+    fit, places = told_fit(y, task), set()
+    halved = F.interpolate(x, (side // 8 * 4,) * 2, mode="area")
+    for _ in range(20):
+        clue, _, target, counts = fit.draw_pair(y, task, x, 0.65, 1)
+        size = target.shape[2]
+        windows = halved.unfold(2, size, 1).unfold(3, size, 1)
+        same = (windows - target[:, :, None, None]).abs().amax(dim=(0, 1, 4, 5)) < 1e-6
+        assert size == side // 8 * 4 - 4 and same.sum() == 1 and counts.mask.all()
+        assert torch.equal(clue, task.clue(F.avg_pool2d(target, 4), 3))
+        places.add(same.flatten().tolist().index(True))
+    assert len(places) > 5
+
+@pytest.mark.parametrize("task, x", [(HOLES, smooth_image(12)),
+                                     (D.Task("superres:2", scale=2), smooth_image(32).sign())], ids=["holes", "blocks"])
+def test_a_told_prior_learns_the_one_image(task, x):
+    """After 30 steps it is nearer to the image than the same prior after two steps of no length."""
+    y = task.forward(x)
+    before, after = [list(D.fit_dip(y, task, tiny_prior(), method="adapt", iters=iters, lr=lr))[-1].answer
+                     for iters, lr in ((2, 1e-9), (30, 0.01))]
+    assert D.psnr(after, x, 2.0) > D.psnr(before, x, 2.0) + 0.5
+    for answer in (before, after):
+        torch.testing.assert_close(task.forward(answer), y, atol=1e-5, rtol=0)
 
 def test_settings_are_known_by_name():
     with pytest.raises(TypeError):
@@ -1347,6 +1420,7 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["fit-dip"], ["fit-dip", "--task", "inpaint:0.5"], ["fit-dip", "--task", "superres:2"],
             ["fit-dip", "--stop", "wmv"], ["fit-dip", "--method", "dip"], ["fit-dip", "--input", "fixed"],
             ["fit-dip", "--method", "adapt"], ["fit-dip", "--observed", "--task", "denoise"],
+            ["fit-dip", "--method", "adapt", "--task", "superres:2"],
             ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
         flags += ["--ckpt", priors / "dip.pt"] if "sample" in words or "adapt" in words else []
@@ -1850,7 +1924,7 @@ def test_fit_dip(tmp_path, photo, priors, extra):
         assert metrics["psnr"] == pytest.approx(D.psnr(result, x, 2.0), abs=0.1)
 
 @pytest.mark.parametrize("line", [
-    "sample --init dip --method adapt --steps 2", "sample --init dip --method guide --steps 2",
+    "sample --init dip --method adapt --task denoise:25 --steps 2", "sample --init dip --method guide --steps 2",
     "fit-dip --method guide --input estimate", "fit-dip --method adapt --nets 2",
     "fit-dip --method adapt --optimiser muon", "fit-dip --input fixed --task superres:4"])
 def test_odd_combinations_work(tmp_path, photo, priors, line):
@@ -2478,6 +2552,9 @@ fit-dip P --out file/below -> --out
 fit-dip P --method adapt --ckpt cut.pt -> --ckpt
 fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
+fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
+fit-dip P --method adapt --task superres:4 --high 2 -> --high
+sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
 evaluate stopping --arms missing.txt -> --arms
