@@ -1201,7 +1201,7 @@ class Fit:
         first = task.interpolate(y)
         if self.told:
             guess = self.alone
-            first = task.keep_known(guess, y)       # of the whole of y
+            first = task.keep_known(guess, y)       # with the known pixels that were held out
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         return first.lerp(answer, share), guess.lerp(unseen, share)
 
