@@ -559,17 +559,16 @@ class Prior(nn.Module):
         told, z is a clue (Task.clue), and its guess is drowned in noise of this level here."""
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
-        clue = share = z[:, :0]
+        image = z[:, :-1] if self.told else z
+        noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
+        clue = z[:, :0]
         if self.told:
-            z, share = z[:, :-1], z[:, -1:]
-        z3 = z.expand(-1, self.channels, -1, -1)            # grey is three equal channels
-        if self.told:
-            clue = torch.cat([z3, share], dim=1)
-            z3 = z3 + self.schedule.sigma[t].item() * torch.randn_like(z3)
-        xt = self.schedule.abar[t].sqrt().item() * z3
+            clue = torch.cat([noisy, z[:, -1:]], dim=1)
+            noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
+        xt = self.schedule.abar[t].sqrt().item() * noisy
         eps = self.model(torch.cat([xt, clue], dim=1), ts)
         x0 = predict_x0(self.schedule, xt, ts, eps)
-        return like_channels(x0, z)
+        return like_channels(x0, image)
 
 def like_channels(x: Tensor, given: Tensor) -> Tensor:
     """x, or, if `given` is grey, the mean of its channels: a grey question has a grey answer."""
@@ -829,7 +828,7 @@ def setting(default, help: str, allowed):
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "what the network sees and aims at", list(METHODS))
-    stop: str = setting(None, "the score that picks the answer (holdout; superres: fixed, the end)",
+    stop: str = setting(None, "what picks the answer (holdout; superres, noise-free adapt: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
@@ -852,7 +851,7 @@ class Settings:
 def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
-    For superres (scale > 1) there is no pair, and no blocks are held out: R would not see what is
+    For superres (scale > 1) y has no pair, and no blocks are held out: R would not see what is
     finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
     lost; CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
     is held out either (0.1 dB; BSDS).
@@ -870,6 +869,7 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
+    told = o.method == "adapt" and not noisy
     o = with_roles(o, task.scale, noisy)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
@@ -891,7 +891,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
         values["nets"] = 1
-    if in_windows(o, y, task):
+    if in_windows(o, y, task) and not told:
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
         values["tail"] = 0.0            # it needs a judge and a pair: else it would learn the noise
@@ -974,16 +974,16 @@ class Stage:
     """What a rung of the ladder leaves behind. Images are N x C x H x W, in [-1, 1]."""
     step: int                       # steps made by the network; as fit_dip gives it, by all of them
     level: float                    # the noise in the network's input, in units of [-1, 1]
-    input: Tensor                   # what the network saw in the last step of the rung
+    input: Tensor                   # what the network saw in the last step of the rung, or a clue
     output: Tensor                  # what it made of that
     target: Tensor                  # what this was compared with, in the domain of y
     mse: float                      # of the output to the target
-    average: Tensor                 # the running mean of the outputs: the estimate
+    average: Tensor                 # the running mean of the outputs, or a look: the estimate
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
     answer: Tensor | None = None    # the mean of the networks done; until then, the first's best;
-                                    # at last, without noise, its mean with the interpolation
+                                    # at last, without noise, as Fit.mixed gives it
     risk: float = math.nan          # R of the answer as it was before it saw what was held out
     stop_step: int = 0              # the step at which the newest network was best
 
@@ -1127,15 +1127,17 @@ class Fit:
 
         Where pixels are missing the clue is a part of the known ones, and the rest counts. Where
         blocks are known the DDPM's own answer at half its size stands for an image that is known
-        whole, since photos are alike at many sizes (Glasner et al. 2009).
+        whole, since photos are alike at many sizes (Glasner et al. 2009). Of that a random square
+        is taken, so that its blocks lie elsewhere in each step.
         """
         if task.scale == 1:
             seen, hidden = split_pixels(y, task, a, side, self.gen)
             return seen.clue(y, y.shape[1]), TOLD_START, y * hidden.mask, hidden
         blocks = Task("blocks", scale=task.scale)
         half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
-        image = F.interpolate(alone, half, mode="area")
-        length = max(1, min(half) // task.scale - 1) * task.scale   # one block less: it is shifted
+        even = alone[..., :2 * half[0], :2 * half[1]]
+        image = F.interpolate(even, half, mode="area")
+        length = max(1, min(half) // task.scale - 1) * task.scale       # a block less than it has
         image = image[random_place(image, length, self.gen)]
         return blocks.clue(blocks.forward(image), y.shape[1]), TOLD_START, image, Task("all")
 
@@ -1166,8 +1168,8 @@ class Fit:
         step_all(self.optimisers, rate)
         if self.looks:
             update_ema(self.judged, self.net, self.newest_weight())
-            if self.step == 50:
-                self.net.eval()     # BatchNorm would go on removing each window's own contrast
+        if self.windowed and self.step == 50:
+            self.net.eval()         # BatchNorm would go on removing each window's own contrast
 
     def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[tuple]:
         """A descent that a stop rule watches; yields (the newest stage, the best so far). At its
@@ -1194,14 +1196,14 @@ class Fit:
         self.judged.load_state_dict(weights)
 
     def mixed(self, y: Tensor, task: Task, answer: Tensor, unseen: Tensor, guess: Tensor, judge):
-        """The answer mixed with what there was before the fit, the interpolation or what a told
-        DDPM makes of y, whose errors differ; and so the one that was made before the fit saw what
-        was held out, by what was guessed from the same part. For superres R sees too little of
-        these errors: there each counts as one half."""
+        """(answer, unseen), each mixed with the estimate from before the fit, whose errors differ:
+        the interpolation, or what a told DDPM makes of y. `unseen` and `guess` were made without
+        what is held out, for R. The share of the fit is 1/2 for superres, of which R sees too
+        little; else that of least R, or 1 where nothing is held out."""
         first = task.interpolate(y)
         if self.told:
             guess = self.alone
-            first = task.keep_known(guess, y)       # of the whole of y
+            first = task.keep_known(guess, y)       # with the known pixels that were held out
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         return first.lerp(answer, share), guess.lerp(unseen, share)
 
@@ -1219,8 +1221,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     settings: the fields of Settings. brief: a DDPM goes on from there, so fewer steps are made.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
-    prior: a trained DDPM, for adapt and guide. Without noise, the staged answer is at last mixed
-    with the interpolation (`best_share`). FloatingPointError is raised if the loss is not finite.
+    prior: a trained DDPM, for adapt and guide. Without noise, the answer of staged and adapt is at
+    last mixed with what there was before the fit (`Fit.mixed`). FloatingPointError is raised if the
+    loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1229,7 +1232,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     guess = start = seen_task.interpolate(seen)
-    paired = splits(o, task)
+    paired = splits(o, task) and o.method != "adapt"
     watched = max(1, round((1 - o.tail) * o.rungs))
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
@@ -2071,10 +2074,9 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
-    if args.command == "sample":
-        told = not args.no_clue
-    else:
-        told = args.method == "adapt"
+    told = args.command == "sample" and not args.no_clue and args.method != "guide"
+    if args.method == "adapt":
+        told = True
     if prior.task and not (told and parse_task(args.task) == parse_task(prior.task)):
         fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
     if (args.start or 0) > prior.t_max:
@@ -2552,7 +2554,8 @@ def refuse_idle_flags(args):
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
-        (told, ["input", "target", "fresh"], "with --method adapt where y has no noise"),
+        (told, ["input", "target", "fresh", "tail"], "with --method adapt where y has no noise"),
+        (told and args.stop in ("wmv", "emv"), ["stop"], "where each output is of another part"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),

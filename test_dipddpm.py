@@ -1088,7 +1088,7 @@ def test_the_pair_of_a_told_prior_where_blocks_are_known(side):
     task, x = D.Task("superres:4", scale=4), smooth_image(side)
     y = task.forward(x)
     fit, places = told_fit(y, task), set()
-    halved = F.interpolate(x, (side // 8 * 4,) * 2, mode="area")
+    halved = F.avg_pool2d(x[..., :side // 8 * 8, :side // 8 * 8], 2)
     for _ in range(20):
         clue, _, target, counts = fit.draw_pair(y, task, x, 0.65, 1)
         size = target.shape[2]
@@ -2554,6 +2554,8 @@ fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
 fit-dip P --method adapt --task superres:4 --high 2 -> --high
+fit-dip P --method adapt --task inpaint:0.5 --stop holdout --tail 0.2 -> --tail
+fit-dip P --method adapt --task inpaint:0.5 --stop wmv -> --stop
 sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
