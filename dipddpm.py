@@ -848,6 +848,10 @@ class Settings:
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
+def is_told(o: Settings, noisy: bool) -> bool:
+    """Whether the network that is fitted is told y: a DDPM, of a y without noise."""
+    return o.method == "adapt" and not noisy
+
 def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
@@ -858,7 +862,7 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     """
     source, aim = METHODS[o.method]
     stop = "holdout"
-    if o.method == "adapt" and not noisy:
+    if is_told(o, noisy):
         stop = "fixed"
     if scale > 1:
         stop = "fixed"
@@ -869,7 +873,6 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
-    told = o.method == "adapt" and not noisy
     o = with_roles(o, task.scale, noisy)
     values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                   lr=0.01)
@@ -881,7 +884,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=400, nets=2)
     elif o.method == "adapt" and noisy:
         values.update(iters=100, lr=1e-4, tail=0.25)
-    elif o.method == "adapt" and task.scale == 1:
+    elif o.method == "adapt" and task.scale == 1:       # a of 0.65: three in ten are hidden
         values.update(iters=40, lr=1e-3, rungs=5, high=0.65, low=0.65)
     elif o.method == "adapt":
         values.update(iters=60, lr=3e-4, rungs=5)
@@ -891,7 +894,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
         values["nets"] = 1
-    if in_windows(o, y, task) and not told:
+    if in_windows(o, y, task) and not is_told(o, noisy):
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
         values["tail"] = 0.0            # it needs a judge and a pair: else it would learn the noise
@@ -1058,7 +1061,7 @@ class Fit:
         else:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
-        self.told = o.method == "adapt" and task.sigma == 0
+        self.told = is_told(o, task.sigma > 0)
         if self.told:
             self.net.told = True
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
@@ -1177,7 +1180,8 @@ class Fit:
         o = self.o
         variance, scores = MovingVariance(), []
         if self.told:
-            start = self.alone = task.keep_known(self.look(y, task, start, turns=8), y)
+            self.alone = task.keep_known(self.look(y, task, start, turns=8), y)
+            start = self.alone
         for stage in self.descend(y, task, rungs, start):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
@@ -2543,7 +2547,7 @@ def refuse_idle_flags(args):
     name, number = parse_task(args.task)
     scale = int(number) if name == "superres" else 1
     o = with_roles(Settings(**given(args)), scale, name == "denoise")
-    told = o.method == "adapt" and name != "denoise"
+    told = is_told(o, name == "denoise")
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
     idle = [
