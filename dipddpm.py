@@ -810,7 +810,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "dip": ("fixed", "plain"),              # Ulyanov et al. 2018: a fixed z, and y
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
-    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see Fit.told_pair
+    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
@@ -1300,7 +1300,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
 # not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
 # which has no R, the DIP's error is taken to be START_ERROR).
-# The way back is in section 5: a DIP that begins as a DDPM, `dipddpm.py fit-dip --method adapt`.
+# The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
+# photo, as a DIP is; where pixels are missing, a DIP then sees its answer in place of pure noise.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
