@@ -906,12 +906,12 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     return replace(o, rungs=min(o.rungs, o.iters))
 
 def in_turn(o: Settings, task: Task) -> list[Settings]:
-    """The settings of each network of a fit, from those of the first, which are complete."""
+    """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by hourglasses that see its answer, and noise, and learn y from it:
-        # each is a DIP whose input is a picture. A step costs a quarter of a step of the DDPM.
-        later = replace(o, method="selfdiff", input="first", target="plain", optimiser="muon",
+        # The DDPM is followed by a DIP that sees its answer, drowned in falling noise, and is
+        # compared with y. Without noise it would learn nothing: of what y knows, the answer is y.
+        later = replace(o, method="dip", input="first", target="plain", optimiser="muon",
                         lr=0.05, iters=4 * o.iters, rungs=4 * o.rungs, high=4.0, low=1.0)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
