@@ -911,8 +911,10 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     if is_told(o, task.sigma > 0) and task.scale == 1:
         # The DDPM is followed by a DIP that sees its answer, drowned in falling noise, and is
         # compared with y. Without noise it would learn nothing: of what y knows, the answer is y.
-        later = replace(o, method="dip", input="first", target="plain", optimiser="muon",
-                        lr=0.05, iters=4 * o.iters, rungs=4 * o.rungs, high=4.0, low=1.0)
+        # More than 160 steps overfit.
+        steps = min(4 * o.iters, 160)
+        later = replace(o, method="dip", input="first", target="plain", optimiser="muon", lr=0.05,
+                        iters=steps, rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
