@@ -832,7 +832,7 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network", (2, 10 ** 7))
+    iters: int = setting(None, "steps of each network; of a DIP after adapt x 4", (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
     lr: float = setting(None, "learning rate", (1e-9, 10))
@@ -2355,7 +2355,7 @@ def draw_arms(args, rows: list, gains: dict):
     """What arms have over the first of their task, as dots; PSNR against seconds, calls and t0."""
     dots = []
     for task, group in group_by(rows, "task").items():
-        dots.append((f"{task}: over {group[0]['arm']}"[:90],))
+        dots.append((f"{task}: over {group[0]['arm']}"[:92],))
         for arm in group_by(group, "arm"):
             if arm in gains:
                 dots.append((arm.replace(f" --task {task}", "")[-92:], *gains[arm]))
