@@ -810,7 +810,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "dip": ("fixed", "plain"),              # Ulyanov et al. 2018: a fixed z, and y
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
-    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see Fit.told_pair
+    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
@@ -832,7 +832,7 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network", (2, 10 ** 7))
+    iters: int = setting(None, "steps of each network; of a DIP after adapt x 4", (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
     lr: float = setting(None, "learning rate", (1e-9, 10))
@@ -863,7 +863,7 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     source, aim = METHODS[o.method]
     stop = "holdout"
     if is_told(o, noisy):
-        stop = "fixed"
+        return replace(o, input="first", target=aim, stop="fixed")
     if scale > 1:
         stop = "fixed"
         if aim == "conjugate":
@@ -885,7 +885,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     elif o.method == "adapt" and noisy:
         values.update(iters=100, lr=1e-4, tail=0.25)
     elif o.method == "adapt" and task.scale == 1:       # a of 0.65: three in ten are hidden
-        values.update(iters=40, lr=1e-3, rungs=5, high=0.65, low=0.65)
+        values.update(iters=40, nets=2, lr=1e-3, rungs=5, high=0.65, low=0.65)
     elif o.method == "adapt":
         values.update(iters=60, lr=3e-4, rungs=5)
     if not task.noise_of_y().white:
@@ -904,6 +904,22 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.stop in ("wmv", "emv"):        # these rules look at every step
         return replace(o, rungs=o.iters)
     return replace(o, rungs=min(o.rungs, o.iters))
+
+def in_turn(o: Settings, task: Task) -> list[Settings]:
+    """The settings of each network of a fit; o are those of the first."""
+    later = o
+    if is_told(o, task.sigma > 0) and task.scale == 1:
+        # The DDPM is followed by a DIP that sees its answer, drowned in falling noise, and is
+        # compared with y. Without noise it would learn nothing: of what y knows, the answer is y.
+        # More than 160 steps overfit.
+        steps = min(4 * o.iters, 160)
+        later = replace(o, method="dip", input="first", target="plain", optimiser="muon", lr=0.05,
+                        iters=steps, rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
+    elif splits(o, task):
+        # The first network learned from pairs; the next one sees all that is not held out. It
+        # keeps the tail, though its target is plain: y has no noise that it could learn.
+        later = replace(o, input="estimate", target="plain", high=2 * o.high)
+    return [o] + [later] * (o.nets - 1)
 
 def pixels_of(y: Tensor, task: Task) -> int:
     """The size of x."""
@@ -1049,7 +1065,7 @@ class Fit:
         self.step = 0
         self.z = None                   # the fixed input, if there is one
         self.w = None                   # the noise of the newest step
-        self.alone = None               # what a told DDPM makes of y before it is fitted
+        self.first = None               # the estimate of x from before the fit
         self.rise = 0.0                 # of the score, from the best stage to the newest
         channels = y.shape[1]
         if o.input == "fixed":
@@ -1082,9 +1098,8 @@ class Fit:
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
-            base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average}[o.input]
-            if self.told:
-                base = self.alone
+            base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average,
+                    "first": self.first}[o.input]
             self.w = None
             for _ in range(steps):
                 z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
@@ -1157,6 +1172,8 @@ class Fit:
             level = TOLD_START
         elif self.o.input == "observed":
             average = task.interpolate(y)
+        elif self.o.input == "first":
+            average = self.first
         views = [tiled(self.judged, turned(average, g), level) for g in range(turns)]
         return mean_image([turned_back(view, g) for g, view in enumerate(views)])
 
@@ -1179,10 +1196,10 @@ class Fit:
         end the network has the weights of the best."""
         o = self.o
         variance, scores = MovingVariance(), []
-        if self.told:
-            self.alone = task.keep_known(self.look(y, task, start, turns=8), y)
-            start = self.alone
-        for stage in self.descend(y, task, rungs, start):
+        self.first = start
+        if self.told:                       # what the DDPM makes of y alone
+            self.first = task.keep_known(self.look(y, task, start, turns=8), y)
+        for stage in self.descend(y, task, rungs, self.first):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
@@ -1206,8 +1223,7 @@ class Fit:
         little; else that of least R, or 1 where nothing is held out."""
         first = task.interpolate(y)
         if self.told:
-            guess = self.alone
-            first = task.keep_known(guess, y)       # with the known pixels that were held out
+            first = guess = self.first
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         return first.lerp(answer, share), guess.lerp(unseen, share)
 
@@ -1236,18 +1252,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     guess = start = seen_task.interpolate(seen)
-    paired = splits(o, task) and o.method != "adapt"
-    watched = max(1, round((1 - o.tail) * o.rungs))
+    paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
-    for number in range(o.nets):
-        if number == 1 and paired:
-            # The first network learned from pairs; the next one sees all that is not held out. It
-            # keeps the tail, though its target is plain: y has no noise that it could learn.
-            o = replace(o, input="estimate", target="plain", high=2 * o.high)
+    for number, own in enumerate(in_turn(o, task)):
+        if number == 1 and fit.told:
+            start = answers[0]
+        elif number == 1 and paired:
             start = best.average
-        rungs = ladder(o)
-        fit = Fit(o, y, task, gen, prior, tick)
+        rungs = ladder(own)
+        watched = max(1, round((1 - own.tail) * own.rungs))
+        fit = Fit(own, y, task, gen, prior, tick)
         for stage, best in fit.search(seen, seen_task, rungs[:watched], start, judge):
             found = dict(number=number, stop_step=steps + best.step)
             if judge:
@@ -1287,7 +1302,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
 # not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
 # which has no R, the DIP's error is taken to be START_ERROR).
-# The way back is in section 5: a DIP that begins as a DDPM, `dipddpm.py fit-dip --method adapt`.
+# The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
+# photo, as a DIP is; where pixels are missing, a DIP then sees its answer in place of pure noise.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
@@ -1859,7 +1875,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     brief = args.command == "sample"
     o = complete(Settings(**given(args)), task, y, brief)
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
-    bar = Progress(o.iters * o.nets, "DIP")
+    bar = Progress(sum(own.iters for own in in_turn(o, task)), "DIP")
     looking = 0.0
     rows, frames = [], []
     interrupted = False
@@ -2339,7 +2355,7 @@ def draw_arms(args, rows: list, gains: dict):
     """What arms have over the first of their task, as dots; PSNR against seconds, calls and t0."""
     dots = []
     for task, group in group_by(rows, "task").items():
-        dots.append((f"{task}: over {group[0]['arm']}"[:90],))
+        dots.append((f"{task}: over {group[0]['arm']}"[:92],))
         for arm in group_by(group, "arm"):
             if arm in gains:
                 dots.append((arm.replace(f" --task {task}", "")[-92:], *gains[arm]))
@@ -2558,8 +2574,7 @@ def refuse_idle_flags(args):
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
-        (told, ["input", "target", "fresh", "tail"], "with --method adapt where y has no noise"),
-        (told and args.stop in ("wmv", "emv"), ["stop"], "where each output is of another part"),
+        (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),

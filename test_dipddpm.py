@@ -1110,6 +1110,21 @@ def test_a_told_prior_learns_the_one_image(task, x):
     for answer in (before, after):
         torch.testing.assert_close(task.forward(answer), y, atol=1e-5, rtol=0)
 
+def test_a_told_prior_is_followed_by_a_dip_that_sees_its_answer():
+    """Its input is that answer and falling noise, from 4 to 1 units of 0.2; the two are averaged."""
+    y = HOLES.forward(smooth_image(12))
+    *_, alone = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10, nets=1)
+    *stages, last = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10)
+    seen = [stage for stage in stages if stage.number == 1]
+    levels = [stage.level for stage in seen]
+    assert (len(seen), seen[0].step, seen[-1].step) == (20, 12, 50)
+    assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.8, 0.2])
+    for stage in seen:
+        noise = stage.input - alone.answer
+        assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
+    dip = torch.where(HOLES.known(y) > 0, y, seen[-1].average)
+    torch.testing.assert_close(last.answer, (alone.answer + dip) / 2)
+
 def test_settings_are_known_by_name():
     with pytest.raises(TypeError):
         next(D.fit_dip(smooth_image(12), NOISY, rung=3))
@@ -2555,8 +2570,8 @@ fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
 fit-dip P --method adapt --task superres:4 --high 2 -> --high
-fit-dip P --method adapt --task inpaint:0.5 --stop holdout --tail 0.2 -> --tail
-fit-dip P --method adapt --task inpaint:0.5 --stop wmv -> --stop
+fit-dip P --method adapt --task inpaint:0.5 --tail 0.2 -> --tail
+fit-dip P --method adapt --task inpaint:0.5 --stop holdout -> --stop
 sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
