@@ -1238,12 +1238,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
-    settings: the fields of Settings. brief: a DDPM goes on from there, so fewer steps are made.
+    settings: the fields of Settings, of the first network; `in_turn` has those of the others, and
+    the answers are averaged. brief: a DDPM goes on from there, so fewer steps are made.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
-    prior: a trained DDPM, for adapt and guide. Without noise, the answer of staged and adapt is at
-    last mixed with what there was before the fit (`Fit.mixed`). FloatingPointError is raised if the
-    loss is not finite.
+    prior: a trained DDPM, for adapt and guide. Without noise the answer is at last mixed with what
+    there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
