@@ -545,7 +545,6 @@ class Prior(nn.Module):
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.task = config.get("task")      # the only one that it has learned; None: any
-        self.told = False                   # whether forward is given a clue in place of z
         self.schedule = self.model.schedule
         # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
@@ -555,14 +554,15 @@ class Prior(nn.Module):
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. If
-        told, z is a clue (Task.clue), and its guess is drowned in noise of this level here."""
+        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. Or z
+        is a clue (Task.clue), and its guess is drowned in noise of this level here."""
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
-        image = z[:, :-1] if self.told else z
+        told = z.shape[1] in (2, 4)         # a clue has a channel more than a picture
+        image = z[:, :-1] if told else z
         noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
         clue = z[:, :0]
-        if self.told:
+        if told:
             clue = torch.cat([noisy, z[:, -1:]], dim=1)
             noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
         xt = self.schedule.abar[t].sqrt().item() * noisy
@@ -811,6 +811,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
     "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
+    "primed": ("first", "plain"),           # what a trained DDPM made of y, and falling noise
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
@@ -827,8 +828,9 @@ def setting(default, help: str, allowed):
 @dataclass
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
-    method: str = setting("staged", "what the network sees and aims at", list(METHODS))
-    stop: str = setting(None, "what picks the answer (holdout; superres, noise-free adapt: fixed)",
+    method: str = setting("staged", "what the network sees and aims at; sample without noise: primed",
+                          list(METHODS))
+    stop: str = setting(None, "what picks the answer (holdout; superres, primed, told adapt: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
@@ -858,11 +860,11 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     For superres (scale > 1) y has no pair, and no blocks are held out: R would not see what is
     finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
     lost; CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
-    is held out either (0.1 dB; BSDS).
+    is held out either (0.1 dB; BSDS), nor from a DIP that sees its answer.
     """
     source, aim = METHODS[o.method]
     stop = "holdout"
-    if is_told(o, noisy):
+    if is_told(o, noisy) or o.method == "primed":
         return replace(o, input="first", target=aim, stop="fixed")
     if scale > 1:
         stop = "fixed"
@@ -888,9 +890,13 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=40, nets=2, lr=1e-3, rungs=5, high=0.65, low=0.65)
     elif o.method == "adapt":
         values.update(iters=60, lr=3e-4, rungs=5)
+    elif o.method == "primed":
+        values.update(iters=240, rungs=20, high=6.0, low=1.5)
+        if task.scale == 1:             # more steps overfit
+            values.update(iters=160, optimiser="muon", lr=0.05)
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
-    if brief:
+    if brief and o.method != "primed":
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
         values["nets"] = 1
@@ -909,12 +915,10 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by a DIP that sees its answer, drowned in falling noise, and is
-        # compared with y. Without noise it would learn nothing: of what y knows, the answer is y.
-        # More than 160 steps overfit.
+        # The DDPM is followed by a DIP that is primed with its answer.
         steps = min(4 * o.iters, 160)
-        later = replace(o, method="dip", input="first", target="plain", optimiser="muon", lr=0.05,
-                        iters=steps, rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
+        later = replace(o, method="primed", target="plain", optimiser="muon", lr=0.05, iters=steps,
+                        rungs=min(4 * o.rungs, steps), high=6.0, low=1.5)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1025,6 +1029,17 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
     mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
     return share if mixed <= 0.8 * r1 else 1.0
 
+def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
+    """What a network makes of an image with noise of this level: the mean of some turns."""
+    views = [tiled(network, turned(image, g), level) for g in range(turns)]
+    return mean_image([turned_back(view, g) for g, view in enumerate(views)])
+
+def told_answer(prior, y: Tensor, task: Task, turns: int) -> Tensor:
+    """What a DDPM that is told y makes of it: an estimate of x that keeps what y knows."""
+    clue = task.clue(y, y.shape[1])
+    answer = mean_of_turns(prior, clue, TOLD_START, turns)
+    return task.keep_known(answer, y)
+
 class MovingVariance:
     """The variance of the newest outputs, averaged over pixels: within a window (ES-WMV), and with
     exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
@@ -1078,8 +1093,6 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.sigma > 0)
-        if self.told:
-            self.net.told = True
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
@@ -1166,16 +1179,14 @@ class Fit:
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
         """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
-        level = task.sigma or self.o.low * FREE_UNIT
         if self.told:
-            average = task.clue(y, y.shape[1])
-            level = TOLD_START
-        elif self.o.input == "observed":
+            return told_answer(self.judged, y, task, turns)
+        if self.o.input == "observed":
             average = task.interpolate(y)
         elif self.o.input == "first":
             average = self.first
-        views = [tiled(self.judged, turned(average, g), level) for g in range(turns)]
-        return mean_image([turned_back(view, g) for g, view in enumerate(views)])
+        level = task.sigma or self.o.low * FREE_UNIT
+        return mean_of_turns(self.judged, average, level, turns)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1198,7 +1209,7 @@ class Fit:
         variance, scores = MovingVariance(), []
         self.first = start
         if self.told:                       # what the DDPM makes of y alone
-            self.first = task.keep_known(self.look(y, task, start, turns=8), y)
+            self.first = told_answer(self.judged, y, task, turns=8)
         for stage in self.descend(y, task, rungs, self.first):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
@@ -1252,6 +1263,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     guess = start = seen_task.interpolate(seen)
+    if o.method == "primed":
+        start = told_answer(prior, y, task, turns=8)
     paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
     steps = 0
@@ -1284,6 +1297,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     answer = mean_image(answers)
     unseen = mean_image(blind)
+    if o.method == "primed" and not brief:
+        answer = mean_image([start, answer])
     if o.method in ("staged", "adapt") and task.sigma == 0:
         answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
     if judge:
@@ -1294,16 +1309,18 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and its first call
-# is its answer: the mean of all that x may be. (More calls draw one of these: `--steps 20`.) If it
-# is told nothing, as where y is noisy, it begins where the noise just hides the DIP's error. If it
-# is told y, it begins with so much noise that the start hardly counts, and the DIP comes in again:
-# for inpaint, where R has seen pixels, as the guess that the DDPM is told. A DDPM that was trained
-# on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
-# not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
-# which has no R, the DIP's error is taken to be START_ERROR).
+# Lesson 3. A DDPM that is told y answers in one call, but it knows photos in general, not this one.
+# So a DIP is fitted to y that sees this answer, drowned in falling noise, in place of a random z
+# (method "primed" of section 5). Then the DDPM speaks once more. It begins at the DIP's estimate,
+# drowned in noise at a time t0, and where pixels are missing it is told the DIP as its guess. The
+# three estimates have different errors, which partly cancel in their mean: that is the answer.
+# Each call of the DDPM gives the mean of all that x may be. (More calls draw one: `--steps 20`.)
+#
+# Of a noisy y the DDPM is told nothing. The DIP is that of lesson 2, and the DDPM begins where the
+# noise just hides the DIP's error. Wherever the DDPM is not told the DIP, the two are averaged by
+# precision at each call (for superres, which has no R, the DIP's error is taken to be START_ERROR).
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is; where pixels are missing, a DIP then sees its answer in place of pure noise.
+# photo, as a DIP is; where pixels are missing, a primed DIP follows.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
@@ -1990,9 +2007,10 @@ def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -
     samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
     return samples.mean(dim=0, keepdim=True)
 
-def trusted(prior: Prior, task: Task, stage: Stage) -> bool:
-    """Whether the DDPM may be told a DIP as its guess: it knows DIPs, or R has weighed this one."""
-    return prior.knows_dips or (task.scale == 1 and not math.isnan(stage.risk))
+def trusts_dips(prior: Prior, task: Task) -> bool:
+    """Whether the DDPM may be told a DIP as its guess: it has learned from DIPs; or pixels are
+    missing, and it has learned more than one task, and so guesses of many kinds."""
+    return prior.knows_dips or (task.scale == 1 and prior.task is None)
 
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
@@ -2009,6 +2027,7 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
+    averaged = args.method == "primed" and not args.no_guide
     guess = None
     if args.init == "dip":
         stage, _, _, found = run_fit(args, y, task, x, prior)
@@ -2019,7 +2038,7 @@ def cmd_sample(args):
         metrics["psnr_dip"], _ = quality(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
-        if told and trusted(prior, task, stage) and not args.no_guide:
+        if told and trusts_dips(prior, task) and not args.no_guide:
             guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
@@ -2036,13 +2055,16 @@ def cmd_sample(args):
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.append(("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
-            bar.begin = time.monotonic()            # this control is not in the clock
+            if not averaged:
+                bar.begin = time.monotonic()        # this control is not in the clock
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
+        mean = samples.mean(dim=0, keepdim=True)
+        if averaged:                    # three estimates, whose errors differ
+            mean = mean_image([alone, start, mean])
     except KeyboardInterrupt:
-        samples = start                 # what there is so far
+        samples = mean = start          # what there is so far
         panels = panels[:1] or [("start", start)]
         metrics["interrupted"] = True
-    mean = samples.mean(dim=0, keepdim=True)
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
     if not metrics["interrupted"]:
@@ -2059,10 +2081,9 @@ def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -
     if not task.mask.any():
         return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     name = "joined" if args.init == "dip" else "DDPM"
-    panels = [(f"{name}, mean of {args.samples}", mean)]
-    if steps > 1:
-        panels.insert(0, (f"{name}, one sample", samples[:1]))
-    return panels
+    if steps == 1:
+        return [(name, mean)]
+    return [("one sample", samples[:1]), (f"{name}, mean of {args.samples}", mean)]
 
 def sampling_curve(rows: list) -> Image.Image:
     """PSNR of the predicted x_0 against network calls."""
@@ -2078,7 +2099,7 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
 
 def prior_path(args) -> str | None:
     """Where the prior lies, if one is asked for: from noise one of all t, else of t <= t_max."""
-    if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
+    if args.command == "fit-dip" and args.method not in ("adapt", "guide", "primed"):
         return None
     kind = "none" if args.init == "noise" else "dip"
     return args.ckpt or DEFAULT_PRIORS[kind]
@@ -2095,7 +2116,7 @@ def load_prior(args, channels: int) -> Prior:
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
     told = args.command == "sample" and not args.no_clue and args.method != "guide"
-    if args.method == "adapt":
+    if args.method in ("adapt", "primed"):
         told = True
     if prior.task and not (told and parse_task(args.task) == parse_task(prior.task)):
         fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
@@ -2451,7 +2472,7 @@ def cmd_evaluate(args):
         if args.quick:                  # few steps, and a prior of two steps
             if command == "fit-dip" or "--init dip" in arm:
                 argv += ["--iters", "6"]
-            if command == "sample" or "adapt" in arm or "guide" in arm:
+            if command == "sample" or {"adapt", "guide", "primed"} & set(flags):
                 argv += ["--ckpt", f"{prior}/none.pt"]
         out = f"{args.out}/{folder_name(f'{name} {seed}')}/{folder_name(arm)}"
         try:
@@ -2564,8 +2585,11 @@ def refuse_idle_flags(args):
     scale = int(number) if name == "superres" else 1
     o = with_roles(Settings(**given(args)), scale, name == "denoise")
     told = is_told(o, name == "denoise")
+    primed = o.method == "primed"
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
+    if primed and (name == "denoise" or getattr(args, "no_clue", False)):
+        fail("--method: primed needs a DDPM that is told y, without noise; say --method staged")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2575,6 +2599,7 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
         (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
+        (primed, ["input", "target", "stop", "tail"], "with primed; or say --method staged"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
@@ -2610,6 +2635,9 @@ def parse(argv: list) -> argparse.Namespace:
                 fail("--image: --observed and --mask need the photo; name it with --image FILE")
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
+        if args.init == "dip" and args.method is None:
+            told = not args.task.startswith("denoise") and not args.no_clue
+            args.method = "primed" if told else "staged"
         refuse_idle_flags(args)
     if args.command == "evaluate":
         if args.arms and args.suite != "all":
