@@ -828,9 +828,9 @@ def setting(default, help: str, allowed):
 @dataclass
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
-    method: str = setting("staged", "what the network sees and aims at; sample without noise: primed",
+    method: str = setting("staged", "what the network sees and aims at; sample, inpaint: primed",
                           list(METHODS))
-    stop: str = setting(None, "what picks the answer (holdout; superres, primed, told adapt: fixed)",
+    stop: str = setting(None, "what picks the answer (holdout; superres, adapt, primed: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
@@ -891,9 +891,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     elif o.method == "adapt":
         values.update(iters=60, lr=3e-4, rungs=5)
     elif o.method == "primed":
-        values.update(iters=240, rungs=20, high=6.0, low=1.5)
-        if task.scale == 1:             # more steps overfit
-            values.update(iters=160, optimiser="muon", lr=0.05)
+        values.update(iters=160, rungs=20, high=6.0, low=1.5, optimiser="muon", lr=0.05)
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief and o.method != "primed":
@@ -915,10 +913,11 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by a DIP that is primed with its answer.
+        # The DDPM is followed by a DIP that is primed with its answer; as this is better than that
+        # of a DDPM that was not fitted, less noise drowns it.
         steps = min(4 * o.iters, 160)
         later = replace(o, method="primed", target="plain", optimiser="muon", lr=0.05, iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=6.0, low=1.5)
+                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1188,6 +1187,12 @@ class Fit:
         level = task.sigma or self.o.low * FREE_UNIT
         return mean_of_turns(self.judged, average, level, turns)
 
+    def last_look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
+        """Where the average is a look, one more, which sees all of y, as the tail does."""
+        if self.looks:
+            average = self.look(y, task, average, turns=8 if self.told else 4)
+        return average
+
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
         self.step += 1
@@ -1263,10 +1268,11 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
     guess = start = seen_task.interpolate(seen)
-    if o.method == "primed":
-        start = told_answer(prior, y, task, turns=8)
     paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
+    if o.method == "primed":            # the DDPM's answer is seen, and is one of the answers
+        start = told_answer(prior, y, task, turns=8)
+        answers += [] if brief else [start]
     steps = 0
     for number, own in enumerate(in_turn(o, task)):
         if number == 1 and fit.told:
@@ -1282,9 +1288,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-        answer = best.average
-        if fit.looks:                   # this look is the tail: it sees all of y
-            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
+        answer = fit.last_look(y, task, best.average)
         for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
@@ -1297,8 +1301,6 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     answer = mean_image(answers)
     unseen = mean_image(blind)
-    if o.method == "primed" and not brief:
-        answer = mean_image([start, answer])
     if o.method in ("staged", "adapt") and task.sigma == 0:
         answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
     if judge:
@@ -1309,16 +1311,18 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. A DDPM that is told y answers in one call, but it knows photos in general, not this one.
-# So a DIP is fitted to y that sees this answer, drowned in falling noise, in place of a random z
-# (method "primed" of section 5). Then the DDPM speaks once more. It begins at the DIP's estimate,
-# drowned in noise at a time t0, and where pixels are missing it is told the DIP as its guess. The
-# three estimates have different errors, which partly cancel in their mean: that is the answer.
+# Lesson 3. Where pixels are missing, the DDPM is told the known ones, and answers in one call. But
+# it knows photos in general, not this one. So a DIP is fitted to y that sees this answer, drowned
+# in falling noise, in place of a random z (method "primed" of section 5). Then the DDPM speaks once
+# more: it begins at the DIP's estimate, drowned in noise at a time t0, and is told the DIP as its
+# guess. The three estimates have different errors, which partly cancel in their mean, the answer.
 # Each call of the DDPM gives the mean of all that x may be. (More calls draw one: `--steps 20`.)
 #
-# Of a noisy y the DDPM is told nothing. The DIP is that of lesson 2, and the DDPM begins where the
-# noise just hides the DIP's error. Wherever the DDPM is not told the DIP, the two are averaged by
-# precision at each call (for superres, which has no R, the DIP's error is taken to be START_ERROR).
+# Elsewhere the DIP is that of lesson 2. Where y is noisy the DDPM is told nothing, and begins where
+# the noise just hides the DIP's error; for superres it is told y, and begins with so much noise
+# that the start hardly counts. At each call the two are averaged by precision (for superres, which
+# has no R, the DIP's error is taken to be START_ERROR). A DDPM that was trained on DIPs is told the
+# DIP there, too: it has learned how far to trust one.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
 # photo, as a DIP is; where pixels are missing, a primed DIP follows.
 # To run it: `dipddpm.py sample --init dip`.
@@ -2027,7 +2031,6 @@ def cmd_sample(args):
     if task.sigma == 0 or args.init == "noise":
         join["y"] = y                   # elsewhere a noisy y is in the start: not used twice
     told = task.sigma == 0 and not args.no_clue
-    averaged = args.method == "primed" and not args.no_guide
     guess = None
     if args.init == "dip":
         stage, _, _, found = run_fit(args, y, task, x, prior)
@@ -2055,11 +2058,11 @@ def cmd_sample(args):
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.append(("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
-            if not averaged:
+            if args.method != "primed":
                 bar.begin = time.monotonic()        # this control is not in the clock
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
-        if averaged:                    # three estimates, whose errors differ
+        if args.method == "primed":
             mean = mean_image([alone, start, mean])
     except KeyboardInterrupt:
         samples = mean = start          # what there is so far
@@ -2284,8 +2287,8 @@ FREE = ("--task inpaint:0.8", "--task superres:4")
 CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
-JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
-         "sample --init dip --no-clue", "sample --init observed",
+JOINS = ("sample --init dip", "sample --init dip --iters 80", "sample --init dip --method staged",
+         "sample --init dip --no-guide", "sample --init dip --no-clue", "sample --init observed",
          "sample --init observed --no-clue", "sample", "sample --no-clue --steps 100",
          "fit-dip --nets 1", "fit-dip --method adapt")
 CHANGES = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--fresh 0",
@@ -2588,8 +2591,8 @@ def refuse_idle_flags(args):
     primed = o.method == "primed"
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
-    if primed and (name == "denoise" or getattr(args, "no_clue", False)):
-        fail("--method: primed needs a DDPM that is told y, without noise; say --method staged")
+    if primed and (name != "inpaint" or getattr(args, "no_clue", False)):
+        fail("--method: primed needs inpaint, and a DDPM that is told y; say --method staged")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2599,7 +2602,7 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
         (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
-        (primed, ["input", "target", "stop", "tail"], "with primed; or say --method staged"),
+        (primed, ["input", "target", "stop", "tail", "no_guide"], "with --method primed"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
@@ -2636,8 +2639,8 @@ def parse(argv: list) -> argparse.Namespace:
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
         if args.init == "dip" and args.method is None:
-            told = not args.task.startswith("denoise") and not args.no_clue
-            args.method = "primed" if told else "staged"
+            plain = args.no_clue or args.no_guide or not args.task.startswith("inpaint")
+            args.method = "staged" if plain else "primed"
         refuse_idle_flags(args)
     if args.command == "evaluate":
         if args.arms and args.suite != "all":
