@@ -1258,7 +1258,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     the answers are averaged. brief: a DDPM goes on from there, so fewer steps are made.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
-    prior: a trained DDPM, for adapt and guide. Without noise the answer is at last mixed with what
+    prior: a trained DDPM, for adapt, guide and primed (whose answer, unless brief, is the mean of
+    the DDPM's and the DIP's). Staged and adapt, without noise, mix the answer at last with what
     there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
@@ -2005,8 +2006,8 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
     return like_channels(samples, start)
 
 def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -> Tensor:
-    """The control of a join: what a DDPM that is told y makes of it without a DIP, in as many calls
-    and with the same noise. It is the answer of `--init observed`; its seconds do not count."""
+    """What a DDPM that is told y makes of it without a DIP, in as many calls and with the same
+    noise: the answer of `--init observed`. It is the control of a join, or a part of it."""
     start, clue = task.interpolate(y), task.clue(y, prior.channels)
     samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
     return samples.mean(dim=0, keepdim=True)
@@ -2056,17 +2057,17 @@ def cmd_sample(args):
             raise KeyboardInterrupt
         if told and args.init == "dip":
             alone = ddpm_alone(args, prior, y, t0, steps, task)
-            panels.append(("DDPM alone", alone))
+            panels.insert(0, ("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
             if args.method != "primed":
                 bar.begin = time.monotonic()        # this control is not in the clock
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
-            mean = mean_image([alone, start, mean])
+            mean = mean_image([alone, start, mean])         # their errors differ
     except KeyboardInterrupt:
         samples = mean = start          # what there is so far
-        panels = panels[:1] or [("start", start)]
+        panels = panels or [("start", start)]
         metrics["interrupted"] = True
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
