@@ -2056,6 +2056,12 @@ def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, ph
     joined, alone = [outputs(tmp_path / name, SAMPLE_KEYS) for name in ("joined", "alone")]
     assert joined["psnr_ddpm"] == alone["psnr"] != joined["psnr"]
 
+@pytest.mark.parametrize("extra, method", [
+    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "staged"), ("--task denoise:25", "staged"),
+    ("--no-clue", "staged"), ("--no-guide", "staged"), ("--method dip", "dip")])
+def test_a_join_is_primed_where_pixels_are_missing(extra, method):
+    assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
+
 @pytest.mark.parametrize("extra, parts", [([], 3), (["--no-guide"], 1), (["--no-clue"], 1),
                                           (["--method", "staged"], 1)])
 def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
