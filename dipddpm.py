@@ -2603,7 +2603,7 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
         (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
-        (primed, ["input", "target", "stop", "tail", "no_guide"], "with --method primed"),
+        (primed, ["input", "target", "stop", "tail", "no_guide"], "with primed (say --method staged)"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
