@@ -545,7 +545,6 @@ class Prior(nn.Module):
         self.knows_dips = config["dips"] > 0
         self.t_max = config["t_max"]
         self.task = config.get("task")      # the only one that it has learned; None: any
-        self.told = False                   # whether forward is given a clue in place of z
         self.schedule = self.model.schedule
         # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
         seen = (~state["eps_loss"].isnan()).float()
@@ -555,14 +554,15 @@ class Prior(nn.Module):
         self.r2 = self.schedule.sigma ** 2 * loss
 
     def forward(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. If
-        told, z is a clue (Task.clue), and its guess is drowned in noise of this level here."""
+        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. Or z
+        is a clue (Task.clue), and its guess is drowned in noise of this level here."""
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
-        image = z[:, :-1] if self.told else z
+        told = z.shape[1] in (2, 4)         # a clue has a channel more than a picture
+        image = z[:, :-1] if told else z
         noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
         clue = z[:, :0]
-        if self.told:
+        if told:
             clue = torch.cat([noisy, z[:, -1:]], dim=1)
             noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
         xt = self.schedule.abar[t].sqrt().item() * noisy
@@ -811,6 +811,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
     "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
+    "primed": ("first", "plain"),           # what a trained DDPM made of y, and falling noise
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
@@ -827,8 +828,9 @@ def setting(default, help: str, allowed):
 @dataclass
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
-    method: str = setting("staged", "what the network sees and aims at", list(METHODS))
-    stop: str = setting(None, "what picks the answer (holdout; superres, noise-free adapt: fixed)",
+    method: str = setting("staged", "what the network sees and aims at; sample, inpaint: primed",
+                          list(METHODS))
+    stop: str = setting(None, "what picks the answer (holdout; superres, adapt, primed: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
@@ -858,11 +860,11 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     For superres (scale > 1) y has no pair, and no blocks are held out: R would not see what is
     finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
     lost; CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
-    is held out either (0.1 dB; BSDS).
+    is held out either (0.1 dB; BSDS), nor from a DIP that sees its answer.
     """
     source, aim = METHODS[o.method]
     stop = "holdout"
-    if is_told(o, noisy):
+    if is_told(o, noisy) or o.method == "primed":
         return replace(o, input="first", target=aim, stop="fixed")
     if scale > 1:
         stop = "fixed"
@@ -888,9 +890,11 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values.update(iters=40, nets=2, lr=1e-3, rungs=5, high=0.65, low=0.65)
     elif o.method == "adapt":
         values.update(iters=60, lr=3e-4, rungs=5)
+    elif o.method == "primed":
+        values.update(iters=160, rungs=20, high=6.0, low=1.5, optimiser="muon", lr=0.05)
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
-    if brief:
+    if brief and o.method != "primed":
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
         values["nets"] = 1
@@ -909,12 +913,11 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by a DIP that sees its answer, drowned in falling noise, and is
-        # compared with y. Without noise it would learn nothing: of what y knows, the answer is y.
-        # More than 160 steps overfit.
+        # The DDPM is followed by a DIP that is primed with its answer; as this is better than that
+        # of a DDPM that was not fitted, less noise drowns it.
         steps = min(4 * o.iters, 160)
-        later = replace(o, method="dip", input="first", target="plain", optimiser="muon", lr=0.05,
-                        iters=steps, rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
+        later = replace(o, method="primed", target="plain", optimiser="muon", lr=0.05, iters=steps,
+                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1025,6 +1028,17 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
     mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
     return share if mixed <= 0.8 * r1 else 1.0
 
+def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
+    """What a network makes of an image with noise of this level: the mean of some turns."""
+    views = [tiled(network, turned(image, g), level) for g in range(turns)]
+    return mean_image([turned_back(view, g) for g, view in enumerate(views)])
+
+def told_answer(prior, y: Tensor, task: Task, turns: int) -> Tensor:
+    """What a DDPM that is told y makes of it: an estimate of x that keeps what y knows."""
+    clue = task.clue(y, y.shape[1])
+    answer = mean_of_turns(prior, clue, TOLD_START, turns)
+    return task.keep_known(answer, y)
+
 class MovingVariance:
     """The variance of the newest outputs, averaged over pixels: within a window (ES-WMV), and with
     exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
@@ -1078,8 +1092,6 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.sigma > 0)
-        if self.told:
-            self.net.told = True
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
@@ -1166,16 +1178,20 @@ class Fit:
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
         """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
-        level = task.sigma or self.o.low * FREE_UNIT
         if self.told:
-            average = task.clue(y, y.shape[1])
-            level = TOLD_START
-        elif self.o.input == "observed":
+            return told_answer(self.judged, y, task, turns)
+        if self.o.input == "observed":
             average = task.interpolate(y)
         elif self.o.input == "first":
             average = self.first
-        views = [tiled(self.judged, turned(average, g), level) for g in range(turns)]
-        return mean_image([turned_back(view, g) for g, view in enumerate(views)])
+        level = task.sigma or self.o.low * FREE_UNIT
+        return mean_of_turns(self.judged, average, level, turns)
+
+    def last_look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
+        """Where the average is a look, one more, which sees all of y, as the tail does."""
+        if self.looks:
+            average = self.look(y, task, average, turns=8 if self.told else 4)
+        return average
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1198,7 +1214,7 @@ class Fit:
         variance, scores = MovingVariance(), []
         self.first = start
         if self.told:                       # what the DDPM makes of y alone
-            self.first = task.keep_known(self.look(y, task, start, turns=8), y)
+            self.first = told_answer(self.judged, y, task, turns=8)
         for stage in self.descend(y, task, rungs, self.first):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
@@ -1242,7 +1258,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     the answers are averaged. brief: a DDPM goes on from there, so fewer steps are made.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
-    prior: a trained DDPM, for adapt and guide. Without noise the answer is at last mixed with what
+    prior: a trained DDPM, for adapt, guide and primed (whose answer, unless brief, is the mean of
+    the DDPM's and the DIP's). Staged and adapt, without noise, mix the answer at last with what
     there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
@@ -1254,6 +1271,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     guess = start = seen_task.interpolate(seen)
     paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
+    if o.method == "primed":            # the DDPM's answer is seen, and is one of the answers
+        start = told_answer(prior, y, task, turns=8)
+        answers += [] if brief else [start]
     steps = 0
     for number, own in enumerate(in_turn(o, task)):
         if number == 1 and fit.told:
@@ -1269,9 +1289,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-        answer = best.average
-        if fit.looks:                   # this look is the tail: it sees all of y
-            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
+        answer = fit.last_look(y, task, best.average)
         for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
@@ -1294,16 +1312,20 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. The DDPM begins at the DIP's estimate, drowned in noise at a time t0, and its first call
-# is its answer: the mean of all that x may be. (More calls draw one of these: `--steps 20`.) If it
-# is told nothing, as where y is noisy, it begins where the noise just hides the DIP's error. If it
-# is told y, it begins with so much noise that the start hardly counts, and the DIP comes in again:
-# for inpaint, where R has seen pixels, as the guess that the DDPM is told. A DDPM that was trained
-# on DIPs is told it for superres, too: it has learned how far to trust one. Wherever the DDPM is
-# not told the DIP, the DIP and the DDPM's x_0 are averaged by precision at each call (for superres,
-# which has no R, the DIP's error is taken to be START_ERROR).
+# Lesson 3. Where pixels are missing, the DDPM is told the known ones, and answers in one call. But
+# it knows photos in general, not this one. So a DIP is fitted to y that sees this answer, drowned
+# in falling noise, in place of a random z (method "primed" of section 5). Then the DDPM speaks once
+# more: it begins at the DIP's estimate, drowned in noise at a time t0, and is told the DIP as its
+# guess. The three estimates have different errors, which partly cancel in their mean, the answer.
+# Each call of the DDPM gives the mean of all that x may be. (More calls draw one: `--steps 20`.)
+#
+# Elsewhere the DIP is that of lesson 2. Where y is noisy the DDPM is told nothing, and begins where
+# the noise just hides the DIP's error; for superres it is told y, and begins with so much noise
+# that the start hardly counts. At each call the two are averaged by precision (for superres, which
+# has no R, the DIP's error is taken to be START_ERROR). A DDPM that was trained on DIPs is told the
+# DIP there, too: it has learned how far to trust one.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is; where pixels are missing, a DIP then sees its answer in place of pure noise.
+# photo, as a DIP is; where pixels are missing, a primed DIP follows.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, count: int, side: int, seed: int, device,
@@ -1984,15 +2006,16 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
     return like_channels(samples, start)
 
 def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -> Tensor:
-    """The control of a join: what a DDPM that is told y makes of it without a DIP, in as many calls
-    and with the same noise. It is the answer of `--init observed`; its seconds do not count."""
+    """What a DDPM that is told y makes of it without a DIP, in as many calls and with the same
+    noise: the answer of `--init observed`. It is the control of a join, or a part of it."""
     start, clue = task.interpolate(y), task.clue(y, prior.channels)
     samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
     return samples.mean(dim=0, keepdim=True)
 
-def trusted(prior: Prior, task: Task, stage: Stage) -> bool:
-    """Whether the DDPM may be told a DIP as its guess: it knows DIPs, or R has weighed this one."""
-    return prior.knows_dips or (task.scale == 1 and not math.isnan(stage.risk))
+def trusts_dips(prior: Prior, task: Task) -> bool:
+    """Whether the DDPM may be told a DIP as its guess: it has learned from DIPs; or pixels are
+    missing, and it has learned more than one task, and so guesses of many kinds."""
+    return prior.knows_dips or (task.scale == 1 and prior.task is None)
 
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
@@ -2019,7 +2042,7 @@ def cmd_sample(args):
         metrics["psnr_dip"], _ = quality(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
-        if told and trusted(prior, task, stage) and not args.no_guide:
+        if told and trusts_dips(prior, task) and not args.no_guide:
             guess = start               # the DDPM sees it: it need not be weighed in as well
         elif not args.no_guide:
             join.update(xhat=start, risk=risk)
@@ -2034,15 +2057,18 @@ def cmd_sample(args):
             raise KeyboardInterrupt
         if told and args.init == "dip":
             alone = ddpm_alone(args, prior, y, t0, steps, task)
-            panels.append(("DDPM alone", alone))
+            panels.insert(0, ("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
-            bar.begin = time.monotonic()            # this control is not in the clock
+            if args.method != "primed":
+                bar.begin = time.monotonic()        # this control is not in the clock
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
+        mean = samples.mean(dim=0, keepdim=True)
+        if args.method == "primed":
+            mean = mean_image([alone, start, mean])         # their errors differ
     except KeyboardInterrupt:
-        samples = start                 # what there is so far
-        panels = panels[:1] or [("start", start)]
+        samples = mean = start          # what there is so far
+        panels = panels or [("start", start)]
         metrics["interrupted"] = True
-    mean = samples.mean(dim=0, keepdim=True)
     if task.noise is not None:
         mean = give_back(mean, y, task.noise.level_at(mean))
     if not metrics["interrupted"]:
@@ -2059,10 +2085,9 @@ def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -
     if not task.mask.any():
         return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     name = "joined" if args.init == "dip" else "DDPM"
-    panels = [(f"{name}, mean of {args.samples}", mean)]
-    if steps > 1:
-        panels.insert(0, (f"{name}, one sample", samples[:1]))
-    return panels
+    if steps == 1:
+        return [(name, mean)]
+    return [("one sample", samples[:1]), (f"{name}, mean of {args.samples}", mean)]
 
 def sampling_curve(rows: list) -> Image.Image:
     """PSNR of the predicted x_0 against network calls."""
@@ -2078,7 +2103,7 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
 
 def prior_path(args) -> str | None:
     """Where the prior lies, if one is asked for: from noise one of all t, else of t <= t_max."""
-    if args.command == "fit-dip" and args.method not in ("adapt", "guide"):
+    if args.command == "fit-dip" and args.method not in ("adapt", "guide", "primed"):
         return None
     kind = "none" if args.init == "noise" else "dip"
     return args.ckpt or DEFAULT_PRIORS[kind]
@@ -2095,7 +2120,7 @@ def load_prior(args, channels: int) -> Prior:
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
     told = args.command == "sample" and not args.no_clue and args.method != "guide"
-    if args.method == "adapt":
+    if args.method in ("adapt", "primed"):
         told = True
     if prior.task and not (told and parse_task(args.task) == parse_task(prior.task)):
         fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
@@ -2263,8 +2288,8 @@ FREE = ("--task inpaint:0.8", "--task superres:4")
 CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
-JOINS = ("sample --init dip", "sample --init dip --iters 60", "sample --init dip --no-guide",
-         "sample --init dip --no-clue", "sample --init observed",
+JOINS = ("sample --init dip", "sample --init dip --iters 80", "sample --init dip --method staged",
+         "sample --init dip --no-guide", "sample --init dip --no-clue", "sample --init observed",
          "sample --init observed --no-clue", "sample", "sample --no-clue --steps 100",
          "fit-dip --nets 1", "fit-dip --method adapt")
 CHANGES = ("", "--optimiser adam --iters 1000", "--high 6", "--low 0.2", "--rungs 5", "--fresh 0",
@@ -2451,7 +2476,7 @@ def cmd_evaluate(args):
         if args.quick:                  # few steps, and a prior of two steps
             if command == "fit-dip" or "--init dip" in arm:
                 argv += ["--iters", "6"]
-            if command == "sample" or "adapt" in arm or "guide" in arm:
+            if command == "sample" or {"adapt", "guide", "primed"} & set(flags):
                 argv += ["--ckpt", f"{prior}/none.pt"]
         out = f"{args.out}/{folder_name(f'{name} {seed}')}/{folder_name(arm)}"
         try:
@@ -2564,8 +2589,11 @@ def refuse_idle_flags(args):
     scale = int(number) if name == "superres" else 1
     o = with_roles(Settings(**given(args)), scale, name == "denoise")
     told = is_told(o, name == "denoise")
+    primed = o.method == "primed"
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
+    if primed and (name != "inpaint" or getattr(args, "no_clue", False)):
+        fail("--method: primed needs inpaint, and a DDPM that is told y; say --method staged")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2575,6 +2603,7 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
         (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
+        (primed, ["input", "target", "stop", "tail", "no_guide"], "with primed (say --method staged)"),
         (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
@@ -2610,6 +2639,9 @@ def parse(argv: list) -> argparse.Namespace:
                 fail("--image: --observed and --mask need the photo; name it with --image FILE")
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
+        if args.init == "dip" and args.method is None:
+            plain = args.no_clue or args.no_guide or not args.task.startswith("inpaint")
+            args.method = "staged" if plain else "primed"
         refuse_idle_flags(args)
     if args.command == "evaluate":
         if args.arms and args.suite != "all":

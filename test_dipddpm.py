@@ -1006,12 +1006,11 @@ class Shrink(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.tensor(0.1))
 
-    told = False
-
     def forward(self, z, sigma):
-        return self.w * (z[:, :-1] if self.told else z)
+        return self.w * z[:, :3]                                    # of a clue, its guess
 
-VARIANTS = [(task, dict(method=method)) for method in D.METHODS for task in (NOISY, HOLES)]
+VARIANTS = [(task, dict(method=method)) for method in D.METHODS for task in (NOISY, HOLES)
+            if task is HOLES or method != "primed"]
 VARIANTS += [(NOISY, options) for options in (dict(loss="gradient"), dict(fresh=0, turns=0), dict(input="fixed"),
                                               dict(target="plain"), dict(optimiser="adam"))]
 
@@ -1053,7 +1052,6 @@ def tiny_prior(channels=3):
 def test_a_prior_that_is_told_y_makes_the_first_call_of_sampling(channels, given):
     """Of the same x_t, whose noise is drawn here from torch's own stream; a grey y has a grey answer."""
     prior, y = tiny_prior(channels), HOLES.forward(smooth_image(12, given))
-    prior.told = True
     torch.manual_seed(3)
     with torch.no_grad():
         x0 = prior(HOLES.clue(y, given), D.TOLD_START)
@@ -1124,6 +1122,22 @@ def test_a_told_prior_is_followed_by_a_dip_that_sees_its_answer():
         assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
     dip = torch.where(HOLES.known(y) > 0, y, seen[-1].average)
     torch.testing.assert_close(last.answer, (alone.answer + dip) / 2)
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
+    """Its input is the prior's answer and falling noise; fit-dip's answer is their mean, sample's the DIP."""
+    y = HOLES.forward(smooth_image(12))
+    prior = Shrink()
+    views = [D.turned_back(0.1 * D.turned(HOLES.interpolate(y), g), g) for g in range(8)]
+    told = torch.where(HOLES.known(y) > 0, y, sum(views) / 8)
+    *stages, last = D.fit_dip(y, HOLES, prior, method="primed", iters=40, brief=brief)
+    assert [stage.step for stage in stages] == list(range(2, 41, 2))
+    assert [stage.level for stage in stages][::19] == pytest.approx([1.2, 0.3])
+    for stage in stages:
+        noise = stage.input - told
+        assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
+    dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
+    torch.testing.assert_close(last.answer, dip if brief else (told + dip) / 2)
 
 def test_settings_are_known_by_name():
     with pytest.raises(TypeError):
@@ -1436,15 +1450,16 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["fit-dip", "--stop", "wmv"], ["fit-dip", "--method", "dip"], ["fit-dip", "--input", "fixed"],
             ["fit-dip", "--method", "adapt"], ["fit-dip", "--observed", "--task", "denoise"],
             ["fit-dip", "--method", "adapt", "--task", "superres:2"],
+            ["fit-dip", "--method", "primed", "--task", "inpaint:0.5"],
             ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
-        flags += ["--ckpt", priors / "dip.pt"] if "sample" in words or "adapt" in words else []
+        flags += ["--ckpt", priors / "dip.pt"] if {"sample", "adapt", "primed"} & set(words) else []
         flags += [] if "adapt" in words else ["--width", 4, "--depth", 2]
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
         assert metrics["iters"] in (3, 4)       # 3: R has risen, so there is no tail
         assert (metrics["psnr"] is None) == ("--observed" in words)
-        assert (metrics["risk"] is None) == ("wmv" in words or "superres" in " ".join(words))
+        assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres"))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
         both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
         assert (Image.open(tmp_path / f"{n}" / "curves.png").size[1] > 900) == both
@@ -1453,7 +1468,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.is_told, D.told_answer, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
     D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
@@ -1573,16 +1588,18 @@ def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
     want = judge(seen_task.interpolate(seen).lerp(best.average, 0.7))
     assert last.risk == pytest.approx(want, rel=1e-5)
 
-@pytest.mark.parametrize("words, told, joined, knows", [
-    ([], True, False, False), (["--no-guide"], False, False, True), (["--task", "superres:2"], False, True, False),
-    (["--stop", "fixed"], False, True, False), (["--task", "superres:2"], True, False, True), (["--stop", "fixed"], True, False, True)])
-def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined, knows):
-    """Where R saw pixels, or where the DDPM was trained on DIPs; elsewhere it is told the
+@pytest.mark.parametrize("words, told, joined, knows, only", [
+    ([], True, False, False, None), (["--no-guide"], False, False, True, None),
+    (["--method", "staged"], True, False, False, None), (["--task", "superres:2"], False, True, False, None),
+    (["--task", "superres:2"], True, False, True, None), ([], False, True, False, "inpaint:0.5"),
+    ([], True, False, True, "inpaint:0.5")])
+def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, monkeypatch, words, told, joined, knows, only):
+    """Where the DDPM was trained on DIPs, or for inpaint on many tasks; elsewhere it is told the
     interpolation, and the DIP is weighed in."""
     read = D.read_checkpoint
     def read_as(path):
         state, prior = read(path)
-        prior.knows_dips = knows
+        prior.knows_dips, prior.task = knows, only
         return state, prior
     monkeypatch.setattr(D, "read_checkpoint", read_as)
     clues, joins, original = [], [], D.reverse
@@ -2037,8 +2054,27 @@ def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, ph
     assert run("sample", "--init", "dip", *TINY, *flags, "--out", tmp_path / "joined") == 0
     assert run("sample", "--init", "observed", *flags, "--out", tmp_path / "alone") == 0
     joined, alone = [outputs(tmp_path / name, SAMPLE_KEYS) for name in ("joined", "alone")]
-    assert joined["psnr_ddpm"] == alone["psnr"]
-    assert (joined["psnr"] == alone["psnr"]) == (task == "inpaint:0.8")     # R leaves nothing of this DIP there
+    assert joined["psnr_ddpm"] == alone["psnr"] != joined["psnr"]
+
+@pytest.mark.parametrize("extra, method", [
+    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "staged"), ("--task denoise:25", "staged"),
+    ("--no-clue", "staged"), ("--no-guide", "staged"), ("--method dip", "dip")])
+def test_a_join_is_primed_where_pixels_are_missing(extra, method):
+    assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
+
+@pytest.mark.parametrize("extra, parts", [([], 3), (["--no-guide"], 1), (["--no-clue"], 1),
+                                          (["--method", "staged"], 1)])
+def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
+    """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP."""
+    drawn, pages = [], []
+    draw, finish = D.draw_samples, D.finish
+    monkeypatch.setattr(D, "draw_samples", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    monkeypatch.setattr(D, "finish", lambda *a: pages.append(dict(a[4])) or finish(*a))
+    flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    assert run("sample", "--init", "dip", *flags, *extra) == 0
+    *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
+    expected = (alone[0] + pages[0]["DIP"] + told) / 3 if parts == 3 else told
+    torch.testing.assert_close(pages[0]["joined"], expected)
 
 # ---- 9. photos as they are
 
@@ -2572,6 +2608,13 @@ fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
 fit-dip P --method adapt --task superres:4 --high 2 -> --high
 fit-dip P --method adapt --task inpaint:0.5 --tail 0.2 -> --tail
 fit-dip P --method adapt --task inpaint:0.5 --stop holdout -> --stop
+fit-dip P --method primed --task denoise:25 -> --method
+fit-dip P --method primed --task superres:4 -> --method
+fit-dip P --method primed --task inpaint:0.5 --stop holdout -> --stop
+fit-dip P --method primed --task inpaint:0.5 --turns 0 -> --turns
+sample --init dip P --method primed --no-clue -> --method
+sample --init dip P --method primed --no-guide -> --no-guide
+sample --init dip P --input observed -> --input
 sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
