@@ -800,6 +800,9 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
+# Method `primed` is the classic DIP but for its input: it sees what a trained DDPM made of y, and
+# falling noise. Without noise it would learn nothing: of what y knows, that answer is y already.
+#
 # A camera's noise is not white, but w is. At frequencies where w is stronger than all of y, the
 # best linear network would flip the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S
 # is the power of y and W^2 that of w. The gain is never below -1 / a^2, so a large a makes this
