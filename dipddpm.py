@@ -817,6 +817,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "primed": ("first", "plain"),           # what a trained DDPM made of y, and falling noise
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
+WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DDPM
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
 TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
@@ -833,7 +834,7 @@ class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "what the network sees and aims at; sample, inpaint: primed",
                           list(METHODS))
-    stop: str = setting(None, "what picks the answer (holdout; superres, adapt, primed: fixed)",
+    stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
@@ -2106,7 +2107,7 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
 
 def prior_path(args) -> str | None:
     """Where the prior lies, if one is asked for: from noise one of all t, else of t <= t_max."""
-    if args.command == "fit-dip" and args.method not in ("adapt", "guide", "primed"):
+    if args.command == "fit-dip" and args.method not in WITH_DDPM:
         return None
     kind = "none" if args.init == "noise" else "dip"
     return args.ckpt or DEFAULT_PRIORS[kind]
@@ -2479,7 +2480,7 @@ def cmd_evaluate(args):
         if args.quick:                  # few steps, and a prior of two steps
             if command == "fit-dip" or "--init dip" in arm:
                 argv += ["--iters", "6"]
-            if command == "sample" or {"adapt", "guide", "primed"} & set(flags):
+            if command == "sample" or WITH_DDPM & set(flags):
                 argv += ["--ckpt", f"{prior}/none.pt"]
         out = f"{args.out}/{folder_name(f'{name} {seed}')}/{folder_name(arm)}"
         try:
