@@ -943,6 +943,12 @@ def ladder(o: Settings) -> list[tuple[float, int]]:
     ends = np.arange(o.rungs + 1) * o.iters // o.rungs
     return list(zip(levels.tolist(), np.diff(ends).tolist()))
 
+def with_tail(o: Settings) -> tuple[list, list]:
+    """The ladder in two: the rungs that a stop rule watches, and the tail, which sees all of y."""
+    rungs = ladder(o)
+    count = max(1, round((1 - o.tail) * o.rungs))
+    return rungs[:count], rungs[count:]
+
 def turned(x: Tensor, g: int) -> Tensor:
     """One of the 8 symmetries of the square, g in 0..7; g > 3 undoes itself."""
     x = torch.rot90(x, g, (2, 3))
@@ -1288,17 +1294,16 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             start = answers[0]
         elif number == 1 and paired:
             start = best.average
-        rungs = ladder(own)
-        watched = max(1, round((1 - own.tail) * own.rungs))
+        watched, tail = with_tail(own)
         fit = Fit(own, y, task, gen, prior, tick)
-        for stage, best in fit.search(seen, seen_task, rungs[:watched], start, judge):
+        for stage, best in fit.search(seen, seen_task, watched, start, judge):
             found = dict(number=number, stop_step=steps + best.step)
             if judge:
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
         answer = fit.last_look(y, task, best.average)
-        for stage in fit.descend(y, task, fit.tail(task, rungs[watched:]), answer):
+        for stage in fit.descend(y, task, fit.tail(task, tail), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         steps += fit.step
