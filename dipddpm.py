@@ -1015,7 +1015,7 @@ class Stage:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
     answer: Tensor | None = None    # the mean of the networks done; until then, the first's best;
-                                    # at last, without noise, as Fit.mixed gives it
+                                    # at last, without noise, as Fit.mixed or with_first make it
     risk: float = math.nan          # R of the answer as it was before it saw what was held out
     stop_step: int = 0              # the step at which the newest network was best
 
@@ -1274,8 +1274,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
     prior: a trained DDPM, for adapt, guide and primed (whose answer, unless brief, is a mean of the
-    DDPM's and the DIP's, `with_first`). Staged and adapt, without noise, mix the answer at last with what
-    there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is not finite.
+    DDPM's and the DIP's, `with_first`). Staged and adapt, without noise, mix the answer at last
+    with what there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is
+    not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
