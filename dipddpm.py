@@ -2630,7 +2630,7 @@ def refuse_idle_flags(args):
         (o.stop != "holdout", ["hold", "tail"], "without --stop holdout"),
         (o.method == "adapt", ["width", "depth"], "with --method adapt"),
         (o.method != "guide", ["weight"], "without --method guide"),
-        (prior_path(args) is None, ["ckpt"], "without --method adapt or guide"),
+        (prior_path(args) is None, ["ckpt"], "without --method adapt, primed or guide"),
         (args.init in ("noise", "observed"), [*given(args), "no_guide"], "without --init dip"),
         (args.init == "noise", ["start"], "with --init noise, which starts at t = 1000"),
     ]
