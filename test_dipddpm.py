@@ -1125,7 +1125,8 @@ def test_a_told_prior_is_followed_by_a_dip_that_sees_its_answer():
 
 @pytest.mark.parametrize("brief", [False, True])
 def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
-    """Its input is the prior's answer and falling noise; fit-dip's answer is their mean, sample's the DIP."""
+    """Its input is the prior's answer and falling noise; fit-dip's answer is a third of it and two thirds
+    of the DIP, sample's the DIP."""
     y = HOLES.forward(smooth_image(12))
     prior = Shrink()
     views = [D.turned_back(0.1 * D.turned(HOLES.interpolate(y), g), g) for g in range(8)]
@@ -1137,7 +1138,7 @@ def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
         noise = stage.input - told
         assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
     dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
-    torch.testing.assert_close(last.answer, dip if brief else (told + dip) / 2)
+    torch.testing.assert_close(last.answer, dip if brief else (told + 2 * dip) / 3)
 
 def test_settings_are_known_by_name():
     with pytest.raises(TypeError):
@@ -2065,7 +2066,7 @@ def test_a_join_is_primed_where_pixels_are_missing(extra, method):
 @pytest.mark.parametrize("extra, parts", [([], 3), (["--no-guide"], 1), (["--no-clue"], 1),
                                           (["--method", "staged"], 1)])
 def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
-    """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP."""
+    """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP; the first counts half."""
     drawn, pages = [], []
     draw, finish = D.draw_samples, D.finish
     monkeypatch.setattr(D, "draw_samples", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
@@ -2073,7 +2074,7 @@ def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, prior
     flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     assert run("sample", "--init", "dip", *flags, *extra) == 0
     *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (alone[0] + pages[0]["DIP"] + told) / 3 if parts == 3 else told
+    expected = (alone[0] + 2 * pages[0]["DIP"] + 2 * told) / 5 if parts == 3 else told
     torch.testing.assert_close(pages[0]["joined"], expected)
 
 # ---- 9. photos as they are
