@@ -15,7 +15,7 @@ Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where
     abar_t         the signal's share: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     sigma_t        sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
     eps, n; w      white noise of level 1; w: fresh noise of the level that the noise of y has
-    a              the noise of a rung; its conjugate pair is z1 = y + a w and z2 = y - w / a
+    a              a rung's noise, in units of that of y: its pair is y + a w and y - w / a
     R; r_t^2       estimated mean squared error of the DIP (held-out risk); of the DDPM's x_0 at t
 """
 import argparse
@@ -192,13 +192,11 @@ class UNet(nn.Module):
         mix = nn.Linear(emb, emb)
         self.time = nn.Sequential(widen, nn.SiLU(), mix, nn.SiLU())
         self.stem = nn.Conv2d(4 * (2 * channels + 1), width, 3, padding=1)
-        self.enc = nn.ModuleList()
-        for cin, cout in zip([width] + widths, widths):
-            self.enc.append(ResBlock(cin, cout, emb))
+        pairs = zip([width] + widths, widths)
+        self.enc = nn.ModuleList([ResBlock(cin, cout, emb) for cin, cout in pairs])
         self.mid = ResBlock(top, top, emb)
-        self.dec = nn.ModuleList()
-        for below, cout in zip([top] + widths[::-1], widths[::-1]):
-            self.dec.append(ResBlock(below + cout, cout, emb))
+        pairs = zip([top] + widths[::-1], widths[::-1])
+        self.dec = nn.ModuleList([ResBlock(below + cout, cout, emb) for below, cout in pairs])
         self.out = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
 
@@ -263,10 +261,10 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
     return torch.cat(rows, dim=2)
 
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
-# A hides pixels of the clean image x, or averages them; there may be noise, too. The end of the
-# section splits an observation in two parts: one is fitted, and the other judges the fit. What the
-# judge says, R, is all that is known of the error of a fit. At a first reading skip from the class
-# `Noise` to `hold_out`: what lies between finds the noise of a photo, and no lesson needs it.
+# A hides pixels of the clean image x, or averages them; there may be noise, too. An observation can
+# be split in two parts: one is fitted, and the other judges the fit. What the judge says, R, is all
+# that is known of the error of a fit. The rest of the section, from the class `Noise` on, finds the
+# noise of a photo. No lesson needs that: at a first reading go on with section 4.
 
 @dataclass
 class Task:
@@ -339,128 +337,6 @@ def fill_holes(y: Tensor, mask: Tensor) -> Tensor:
     coarse = fill_holes(coarse, (weight > 0).float())
     return torch.where(mask > 0, y, F.interpolate(coarse, y.shape[-2:], mode="bilinear"))
 
-@dataclass
-class Noise:
-    """A photo's noise, found in it, or white if told; levels are standard deviations."""
-    level: float                    # where the photo is flattest, in units of [-1, 1]
-    thirds: tuple = ()              # the same for the photo's dark, middle and bright third
-    brightness: tuple = ()          # of these places, in [-1, 1]
-    neighbour: float = 0.0          # correlation of a pixel's noise with its neighbour's
-    white: bool = True              # whether its level alone describes it
-    patches: Tensor | None = None   # the flattest places, minus mean and slope: K x C x side x side
-    floor: float = 0.0              # of a JPEG's own error, which flat places do not show
-
-    def strength(self) -> float:
-        """The level that a fit has to reckon with."""
-        return max(self.level, self.floor)
-
-    def level_at(self, image: Tensor) -> Tensor:
-        """The level for each pixel of an image, by its brightness. A third that has no flat places
-        looks too noisy: it counts as twice the level at most."""
-        if self.white:
-            return torch.tensor(self.strength())
-        levels = np.clip(self.thirds, self.strength(), 2 * self.strength())
-        light = image.mean(dim=1, keepdim=True).cpu()
-        return torch.from_numpy(np.interp(light, self.brightness, levels)).to(image)
-
-    def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
-        """Noise of this level that is correlated as the patches are; like: 1 x C x H x W.
-
-        White noise that is convolved with an image has that image's autocovariance (Galerne et al.
-        2011): the sum over the patches has the mean of theirs.
-        """
-        if self.white:
-            return self.level * torch.randn(like.shape, generator=gen).to(like)
-        count, _, side, _ = self.patches.shape
-        height, width = like.shape[2:]
-        eps = torch.randn((1, count, height + side - 1, width + side - 1), generator=gen)
-        w = F.conv2d(eps, self.patches.movedim(0, 1))
-        energy = (self.patches ** 2).sum() / self.patches.shape[1]          # the variance of w
-        return self.level / math.sqrt(max(energy.item(), 1e-20)) * w.to(like)
-
-def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
-    """Look for the noise of a photo, 1 x C x H x W, where it is flat.
-
-    The flattest twentieth of all squares, each minus its mean and slope, is taken for noise. That
-    does not give the level to some percent. estimate_sigma does, but for white noise only; so it is
-    asked about every second pixel as well: white noise has the same level there, other noise more.
-    """
-    squares = cut_squares(y, min(16, *y.shape[2:]))
-    whole = (squares.abs() > 0.98).float().mean(dim=(1, 2, 3)) < 0.05       # hardly clipped
-    if whole.sum() > 100:
-        squares = squares[whole]
-    side = squares.shape[-1]
-    line = torch.linspace(-1, 1, side)
-    slopes = torch.stack([torch.ones(side, side), line.expand(side, side),
-                          line[:, None].expand(side, side)])
-    plane, _ = torch.linalg.qr(slopes.view(3, -1).T)
-    pixels = squares.flatten(2)
-    pixels = pixels - pixels @ plane @ plane.T
-    energy = (pixels ** 2).mean(dim=(1, 2))
-    brightness = squares.mean(dim=(1, 2, 3))
-    level, flattest = flat_level(energy)
-    order = brightness.argsort()
-    thirds = []
-    places = []
-    parts = order.tensor_split(3) if len(order) > 2 else [order] * 3
-    for third in parts:
-        third_level, flat = flat_level(energy[third])
-        thirds.append(third_level)
-        places.append(brightness[third][flat].mean().item())
-    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from first to last
-    patches = pixels[sixteen].view(-1, y.shape[1], side, side)
-    products = patches[..., 1:] * patches[..., :-1]
-    neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
-    sigma = estimate_sigma(y)
-    apart = estimate_sigma(y[..., ::2, ::2])
-    white = level / 3 < sigma < 1.25 * level and apart < 1.4 * sigma and sigma > floor
-    if white:
-        level = sigma
-    return Noise(level, thirds, places, neighbour.item(), white, patches, floor)
-
-def cut_squares(y: Tensor, side: int) -> Tensor:
-    """The squares of a photo as a batch; of a large photo 20,000 to 80,000, from all over."""
-    step = max(1, int((y.shape[2] * y.shape[3] / 20000) ** 0.5))
-    squares = y[0].cpu().unfold(1, side, step).unfold(2, side, step)
-    return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-def flat_level(energy: Tensor) -> tuple[float, Tensor]:
-    """The root mean square of the flattest twentieth of some squares, and which they are."""
-    flattest = energy.argsort()[:max(8, len(energy) // 20)]
-    return energy[flattest].mean().sqrt().item(), flattest
-
-def estimate_sigma(y: Tensor) -> float:
-    """The level of white noise in y, 1 x C x H x W, to some 3 % (Chen, Zhu and Heng 2015).
-
-    Patches of a photo fill few dimensions, white noise fills all: the eigenvalues of the patches'
-    covariance that have no share in the photo spread evenly around sigma^2. The largest are left
-    out until mean and median of the rest agree.
-    """
-    patches = cut_squares(y, min(5, *y.shape[2:])).flatten(1).double()
-    if len(patches) < 2:
-        return 0.0
-    values = torch.linalg.eigvalsh(patches.T.cov()).clamp(min=0)            # the smallest first
-    for count in range(len(values), 0, -1):
-        rest = values[:count]
-        if rest.mean() <= rest.median():
-            break
-    return rest.mean().sqrt().item()
-
-def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
-    """Put back what a fit removed where that is stronger than the noise: it was detail.
-
-    In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus the detail
-    that xhat lacks. If these two are independent, the Wiener filter keeps 1 - level^2 / mean square
-    of it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
-    """
-    removed = y - xhat
-    energy = (removed ** 2).mean(dim=1, keepdim=True)
-    energy = F.pad(energy, (5, 5, 5, 5), mode="replicate")
-    energy = F.avg_pool2d(energy, 11, stride=1)
-    # The energy of the noise alone differs from window to window: by a third, to be safe.
-    detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
-    return xhat + detail.clamp(min=0) * removed
-
 def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tuple:
     """Split y before the fit: (what the fit sees, its task, and the judge of a fit, xhat -> R).
 
@@ -476,7 +352,7 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
         return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
     known = task.known(y)
     count = max(1, round(0.1 * known.sum().item()))
-    side = max(1, min(hole_side(known), int(count ** 0.5)))
+    side = min(hole_side(known), int(count ** 0.5))
     lots = draw_lots(known, side, gen)          # the known pixels with the lowest are the judges
     judges = (lots <= lots.flatten().kthvalue(count).values).float()
     seen = known - judges
@@ -521,11 +397,134 @@ def hole_side(mask: Tensor) -> int:
     # down and then lowered by 1 / 3, so that scattered pixels give 1.
     return max(1, 6 * int(depth) - 5)
 
+@dataclass
+class Noise:
+    """A photo's noise, found in it, or white if told; levels are standard deviations."""
+    level: float                    # where the photo is flattest, in units of [-1, 1]
+    thirds: tuple = ()              # the same for the photo's dark, middle and bright third
+    brightness: tuple = ()          # of these places, in [-1, 1]
+    neighbour: float = 0.0          # correlation of a pixel's noise with its neighbour's
+    white: bool = True              # whether its level alone describes it
+    patches: Tensor | None = None   # the flattest places, minus mean and slope: K x C x side x side
+    floor: float = 0.0              # of a JPEG's own error, which flat places do not show
+
+    def strength(self) -> float:
+        """The level that a fit has to reckon with."""
+        return max(self.level, self.floor)
+
+    def level_at(self, image: Tensor) -> Tensor:
+        """The level for each pixel of an image, by its brightness. A third that has no flat places
+        looks too noisy: it counts as twice the level at most."""
+        if self.white:
+            return torch.tensor(self.strength())
+        levels = np.clip(self.thirds, self.strength(), 2 * self.strength())
+        light = image.mean(dim=1, keepdim=True).cpu()
+        return torch.from_numpy(np.interp(light, self.brightness, levels)).to(image)
+
+    def draw(self, like: Tensor, gen: torch.Generator) -> Tensor:
+        """Noise of this level that is correlated as the patches are; like: 1 x C x H x W.
+
+        White noise that is convolved with an image has that image's autocovariance (Galerne et al.
+        2011): the sum over the patches has the mean of theirs.
+        """
+        if self.white:
+            return self.level * torch.randn(like.shape, generator=gen).to(like)
+        count, _, side, _ = self.patches.shape
+        height, width = like.shape[2:]
+        eps = torch.randn((1, count, height + side - 1, width + side - 1), generator=gen)
+        w = F.conv2d(eps, self.patches.movedim(0, 1))
+        energy = (self.patches ** 2).sum() / self.patches.shape[1]          # the variance of w
+        return self.level / math.sqrt(max(energy.item(), 1e-20)) * w.to(like)
+
+def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
+    """Look for the noise of a photo, 1 x C x H x W, where it is flat.
+
+    The flattest twentieth of all squares, each minus its mean and slope, is taken for noise. That
+    gives the level only roughly. estimate_sigma is exact to some percent, but only for white noise;
+    so it is asked about every second pixel as well: white noise has the same level there, other
+    noise more.
+    """
+    squares = cut_squares(y, min(16, *y.shape[2:]))
+    whole = (squares.abs() > 0.98).float().mean(dim=(1, 2, 3)) < 0.05       # hardly clipped
+    if whole.sum() > 100:
+        squares = squares[whole]
+    side = squares.shape[-1]
+    line = torch.linspace(-1, 1, side)
+    slopes = torch.stack([torch.ones(side, side), line.expand(side, side),
+                          line[:, None].expand(side, side)])
+    plane, _ = torch.linalg.qr(slopes.view(3, -1).T)
+    pixels = squares.flatten(2)
+    pixels = pixels - pixels @ plane @ plane.T
+    energy = (pixels ** 2).mean(dim=(1, 2))
+    brightness = squares.mean(dim=(1, 2, 3))
+    level, flattest = flat_level(energy)
+    order = brightness.argsort()
+    thirds = []
+    places = []
+    parts = order.tensor_split(3) if len(order) > 2 else [order] * 3
+    for third in parts:
+        third_level, flat = flat_level(energy[third])
+        thirds.append(third_level)
+        places.append(brightness[third][flat].mean().item())
+    sixteen = flattest[::max(1, len(flattest) // 16)][:16]          # from first to last
+    patches = pixels[sixteen].view(-1, y.shape[1], side, side)
+    products = patches[..., 1:] * patches[..., :-1]
+    neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
+    sigma = estimate_sigma(y)
+    apart = estimate_sigma(y[..., ::2, ::2])
+    white = level / 3 < sigma < 1.25 * level and apart < 1.4 * sigma and sigma > floor
+    if white:
+        level = sigma
+    return Noise(level, tuple(thirds), tuple(places), neighbour.item(), white, patches, floor)
+
+def cut_squares(y: Tensor, side: int) -> Tensor:
+    """The squares of a photo as a batch; of a large photo 20,000 to 80,000, from all over."""
+    step = max(1, int((y.shape[2] * y.shape[3] / 20000) ** 0.5))
+    squares = y[0].cpu().unfold(1, side, step).unfold(2, side, step)
+    return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+def flat_level(energy: Tensor) -> tuple[float, Tensor]:
+    """The root mean square of the flattest twentieth of some squares, and which they are."""
+    flattest = energy.argsort()[:max(8, len(energy) // 20)]
+    return energy[flattest].mean().sqrt().item(), flattest
+
+def estimate_sigma(y: Tensor) -> float:
+    """The level of white noise in y, 1 x C x H x W, to some 3 % (Chen, Zhu and Heng 2015).
+
+    Patches of a photo fill few dimensions, white noise fills all: the eigenvalues of the patches'
+    covariance that have no share in the photo spread evenly around sigma^2. The largest are left
+    out until mean and median of the rest agree.
+    """
+    patches = cut_squares(y, min(5, *y.shape[2:])).flatten(1).double()
+    if len(patches) < 2:
+        return 0.0
+    values = torch.linalg.eigvalsh(patches.T.cov()).clamp(min=0)            # the smallest first
+    for count in range(len(values), 0, -1):
+        rest = values[:count]
+        if rest.mean() <= rest.median():
+            break
+    return rest.mean().sqrt().item()
+
+def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
+    """Put back what a fit removed where that is stronger than the noise: it was detail.
+
+    In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus the detail
+    that xhat lacks. If these two are independent, the Wiener filter keeps 1 - level^2 / mean square
+    of it as detail. So xhat is mixed with y, by their estimated errors, from place to place.
+    """
+    removed = y - xhat
+    energy = (removed ** 2).mean(dim=1, keepdim=True)
+    energy = F.pad(energy, (5, 5, 5, 5), mode="replicate")
+    energy = F.avg_pool2d(energy, 11, stride=1)
+    # The energy of the noise alone differs from window to window: by a third, to be safe.
+    detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
+    return xhat + detail.clamp(min=0) * removed
+
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
 # Lesson 1. Training asks the network for the noise in x_t; sampling takes that noise away, a little
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
-# part. With `--dips` a quarter of a batch is told a DIP (section 6); the halves are of the rest.
+# part. With `--dips` a quarter of a batch is told a DIP (section 6), and half of the rest nothing.
 # With `--task` it learns a single task, and that one better, since it sees nothing else.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
@@ -801,7 +800,7 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
 #
 # Method `primed` is the classic DIP but for its input: it sees what a trained DDPM made of y, and
-# falling noise. Without noise it would learn nothing: of what y knows, that answer is y already.
+# falling noise. Without noise it would copy its input, which is y already where y is known.
 #
 # A camera's noise is not white, but w is. At frequencies where w is stronger than all of y, the
 # best linear network would flip the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S
@@ -838,7 +837,7 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network; of a DIP after adapt x 4", (2, 10 ** 7))
+    iters: int = setting(None, "steps of each network (after adapt x 4, at most 160)", (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
     lr: float = setting(None, "learning rate", (1e-9, 10))
@@ -867,9 +866,9 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     is held out either (0.1 dB; BSDS), nor from a DIP that sees its answer.
     """
     source, aim = METHODS[o.method]
-    stop = "holdout"
     if is_told(o, noisy) or o.method == "primed":
         return replace(o, input="first", target=aim, stop="fixed")
+    stop = "holdout"
     if scale > 1:
         stop = "fixed"
         if aim == "conjugate":
@@ -942,12 +941,6 @@ def ladder(o: Settings) -> list[tuple[float, int]]:
     levels = np.geomspace(o.high, o.low, o.rungs)
     ends = np.arange(o.rungs + 1) * o.iters // o.rungs
     return list(zip(levels.tolist(), np.diff(ends).tolist()))
-
-def with_tail(o: Settings) -> tuple[list, list]:
-    """The ladder in two: the rungs that a stop rule watches, and the tail, which sees all of y."""
-    rungs = ladder(o)
-    count = max(1, round((1 - o.tail) * o.rungs))
-    return rungs[:count], rungs[count:]
 
 def turned(x: Tensor, g: int) -> Tensor:
     """One of the 8 symmetries of the square, g in 0..7; g > 3 undoes itself."""
@@ -1045,8 +1038,8 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
 
 def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
     """What a network makes of an image with noise of this level: the mean of some turns."""
-    views = [tiled(network, turned(image, g), level) for g in range(turns)]
-    return mean_image([turned_back(view, g) for g, view in enumerate(views)])
+    views = [turned_back(tiled(network, turned(image, g), level), g) for g in range(turns)]
+    return mean_image(views)
 
 def told_answer(prior, y: Tensor, task: Task, turns: int) -> Tensor:
     """What a DDPM that is told y makes of it: an estimate of x that keeps what y knows."""
@@ -1096,6 +1089,8 @@ class Fit:
         self.w = None                   # the noise of the newest step
         self.first = None               # the estimate of x from before the fit
         self.rise = 0.0                 # of the score, from the best stage to the newest
+        self.rungs = ladder(o)
+        self.watched = max(1, round((1 - o.tail) * o.rungs))    # of these; the rest is the tail
         channels = y.shape[1]
         if o.input == "fixed":
             z = torch.rand((1, 32, *task.pinv(y).shape[2:]), generator=gen)
@@ -1142,7 +1137,8 @@ class Fit:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
             mse = z2_task.mse(output, z2).item()
-            noise = 0.0 if self.told or splits(o, task) else level
+            clear = self.told or (splits(o, task) and o.input == "observed")
+            noise = 0.0 if clear else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
     def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
@@ -1166,7 +1162,7 @@ class Fit:
             z = seen.interpolate(y)     # without noise
         return z, level, y * hidden.mask, hidden
 
-    def told_pair(self, y: Tensor, task: Task, alone: Tensor, a: float, side: int) -> tuple:
+    def told_pair(self, y: Tensor, task: Task, first: Tensor, a: float, side: int) -> tuple:
         """A step's pair for a DDPM that is told y, as in its training: (a clue, the level of the
         noise that drowns the clue's guess, an image, the task of those of its pixels that count).
 
@@ -1180,7 +1176,7 @@ class Fit:
             return seen.clue(y, y.shape[1]), TOLD_START, y * hidden.mask, hidden
         blocks = Task("blocks", scale=task.scale)
         half = [max(1, n // 2) * task.scale for n in y.shape[2:]]
-        even = alone[..., :2 * half[0], :2 * half[1]]
+        even = first[..., :2 * half[0], :2 * half[1]]
         image = F.interpolate(even, half, mode="area")
         length = max(1, min(half) // task.scale - 1) * task.scale       # a block less than it has
         image = image[random_place(image, length, self.gen)]
@@ -1195,18 +1191,9 @@ class Fit:
         """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
         if self.told:
             return told_answer(self.judged, y, task, turns)
-        if self.o.input == "observed":
-            average = task.interpolate(y)
-        elif self.o.input == "first":
-            average = self.first
+        seen = {"observed": task.interpolate(y), "estimate": average, "first": self.first}
         level = task.sigma or self.o.low * FREE_UNIT
-        return mean_of_turns(self.judged, average, level, turns)
-
-    def last_look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
-        """Where the average is a look, one more, which sees all of y, as the tail does."""
-        if self.looks:
-            average = self.look(y, task, average, turns=8 if self.told else 4)
-        return average
+        return mean_of_turns(self.judged, seen[self.o.input], level, turns)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1222,7 +1209,7 @@ class Fit:
         if self.windowed and self.step == 50:
             self.net.eval()         # BatchNorm would go on removing each window's own contrast
 
-    def search(self, y: Tensor, task: Task, rungs: list, start: Tensor, judge) -> Iterator[tuple]:
+    def search(self, y: Tensor, task: Task, start: Tensor, judge) -> Iterator[tuple]:
         """A descent that a stop rule watches; yields (the newest stage, the best so far). At its
         end the network has the weights of the best."""
         o = self.o
@@ -1230,7 +1217,7 @@ class Fit:
         self.first = start
         if self.told:                       # what the DDPM makes of y alone
             self.first = told_answer(self.judged, y, task, turns=8)
-        for stage in self.descend(y, task, rungs, self.first):
+        for stage in self.descend(y, task, self.rungs[:self.watched], self.first):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
@@ -1258,25 +1245,25 @@ class Fit:
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
         return first.lerp(answer, share), guess.lerp(unseen, share)
 
-    def tail(self, task: Task, rungs: list) -> list:
+    def tail(self, task: Task) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
         than sigma^2 / 200 (chosen on BSDS photos, such that no default fit of CBSD68 changes): such
         a fit learns the noise that it sees, and would learn that of all of y, unseen by R."""
         overfits = self.rise > task.sigma ** 2 / 200
-        return [] if overfits and task.sigma > 0 else rungs
+        return [] if overfits and task.sigma > 0 else self.rungs[self.watched:]
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings, of the first network; `in_turn` has those of the others, and
-    the answers are averaged. brief: a DDPM goes on from there, so fewer steps are made.
+    the answers are averaged. brief: one network, in fewer steps, since a DDPM goes on from there.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
     prior: a trained DDPM, for adapt, guide and primed (whose answer, unless brief, is a mean of the
-    DDPM's and the DIP's, `with_first`). Staged and adapt, without noise, mix the answer at last
-    with what there was before the fit (`Fit.mixed`). FloatingPointError is raised if the loss is
-    not finite.
+    DDPM's and the DIP's, `with_first`). Without noise staged, and adapt for superres, mix the
+    answer at last with what there was before the fit (`Fit.mixed`). FloatingPointError is raised
+    if the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1295,16 +1282,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             start = answers[0]
         elif number == 1 and paired:
             start = best.average
-        watched, tail = with_tail(own)
         fit = Fit(own, y, task, gen, prior, tick)
-        for stage, best in fit.search(seen, seen_task, watched, start, judge):
+        for stage, best in fit.search(seen, seen_task, start, judge):
             found = dict(number=number, stop_step=steps + best.step)
             if judge:
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-        answer = fit.last_look(y, task, best.average)
-        for stage in fit.descend(y, task, fit.tail(task, tail), answer):
+        answer = best.average
+        if fit.looks:                   # once more, at all of y, as the tail sees it
+            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
+        for stage in fit.descend(y, task, fit.tail(task), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         steps += fit.step
@@ -1763,9 +1751,9 @@ def jpeg_level(path: str) -> float:
         steps = getattr(image, "quantization", {}).get(0, [0])
     return np.sqrt(np.mean(np.square(steps, dtype=float)) / 12).item() / 2 / 127.5
 
-def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
+def look_for_noise(args, y: Tensor, stated: float | None) -> tuple:
     """(sigma, Noise) of a photo whose noise is not known, or is to be checked: (sigma, None) if it
-    is white and as told. Says what is found."""
+    is white and as stated. Says what is found."""
     floor = jpeg_level(args.image) if args.observed else 0.0
     noise = find_noise(y, floor)
     if args.noise == "white":
@@ -1779,11 +1767,11 @@ def look_for_noise(args, y: Tensor, told: float | None) -> tuple:
         noise = replace(noise, level=0.0, floor=0.0)
     elif (y.abs() > 0.999).float().mean() > 0.2:
         say("a fifth of the photo is clipped: there the noise is cut off, and less is found")
-    if told is not None:
-        if noise.white and 0.8 * told < noise.level * 127.5 < 1.25 * told:
-            return told / 127.5, None
-        say(f"--task: this is not white noise of level {told:g}; what is found is removed instead; "
-            "to insist add --noise white")
+    if stated is not None:
+        if noise.white and 0.8 * stated < noise.level * 127.5 < 1.25 * stated:
+            return stated / 127.5, None
+        say(f"--task: this is not white noise of level {stated:g}; what is found is removed "
+            "instead; to insist add --noise white")
     return noise.strength(), noise
 
 def centre(x: Tensor, size: list) -> Tensor:
@@ -1819,18 +1807,19 @@ def observe(args) -> tuple:
         task.mask = (torch.rand((1, 1, *size), generator=gen) >= value).to(image)
         if not task.mask.any() and args.init != "noise":
             fail("--task: no pixel is known; give a smaller share, as in inpaint:0.8")
-    y = task.forward(x)
     if args.observed:
         x, y = None, x * task.mask
+    else:
+        y = task.forward(x)
     if name == "denoise":
         if x is not None and value is None:
             fail("--task: say how much noise to add, as denoise:25; or --observed, if it is noisy")
         if x is not None:               # noise that is neither clipped nor rounded
             y = y + value / 127.5 * torch.randn(y.shape, generator=gen).to(y)
-        told = value if args.told is None else args.told
-        task.sigma = (told or 0.0) / 127.5
-        if not told or (args.observed and args.noise != "white"):
-            task.sigma, task.noise = look_for_noise(args, y, told or None)
+        stated = value if args.told is None else args.told
+        task.sigma = (stated or 0.0) / 127.5
+        if not stated or (args.observed and args.noise != "white"):
+            task.sigma, task.noise = look_for_noise(args, y, stated or None)
     say(f"{args.command}: {args.task}, {args.image} {y.shape[3]} x {y.shape[2]} | "
         f"{args.device.type}, {torch.get_num_threads()} threads, seed {args.seed} -> {args.out}")
     return x, y, task
@@ -1882,8 +1871,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     given_image = F.interpolate(holes_black, scale_factor=float(task.scale))
     text = f"restored in {clock(metrics['seconds'])}"
     if x is None:
-        page = [("given", given_image, "")]
-        page += [(title, image, "") for title, image in panels]
+        page = [(title, image, "") for title, image in [("given", given_image), *panels]]
     else:
         note = "" if task.sigma > 0 else "interpolated: "
         page = [("given", given_image, f"{note}{metrics['psnr_observed']:.2f} dB")]
@@ -2016,7 +2004,7 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
     xt = noised(prior.schedule, channels, t0, gens, noise)
-    if args.init == "noise":
+    if args.init == "noise":            # the next numbers of the streams
         xt = noise_like(xt, gens)
     eta = 1.0 if args.eta is None else args.eta
     samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
@@ -2097,8 +2085,8 @@ def cmd_sample(args):
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
 
 def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -> list:
-    """What a figure shows of samples: one, if it differs from the mean, and their mean; or each,
-    where nothing is known."""
+    """What a figure shows of samples: one, after several calls, and their mean; or each, where
+    nothing is known."""
     if not task.mask.any():
         return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     name = "joined" if args.init == "dip" else "DDPM"
@@ -2278,9 +2266,7 @@ def fit_examples(state: dict, images: list, device) -> float:
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     smallest = min(min(image.shape[1:]) for image in images)
-    side = 2 * config["patch"]
-    if side > smallest:
-        side = config["patch"]
+    side = config["patch"] * min(2, smallest // config["patch"])    # two patches, if all have them
     name = config.get("task")
     if name is None and side % 4 > 0:
         fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")
@@ -2468,14 +2454,14 @@ def cmd_evaluate(args):
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
     photos = find_photos(args.images, "--images")
     arms = find_arms(args, photos[0])
-    shared = ["--size", str(args.size or 128), "--device", args.device.type]
+    size = 32 if args.quick else args.size or 128
+    machine = ["--device", args.device.type]
     if args.bf16:
-        shared.append("--bf16")
+        machine.append("--bf16")
     if args.quick:
         photos = photos[:1]
-        shared[1] = "32"
         prior = f"{args.out}/prior"
-        run(parse(["train", "--steps", "2", "--width", "8", "--out", prior, *shared[2:]]))
+        run(parse(["train", "--steps", "2", "--width", "8", "--out", prior, *machine]))
     if args.held:
         network = attempt("--features", args.features, "give a TorchScript network", torch.jit.load)
         held = find_photos(args.held, "--held")
@@ -2489,7 +2475,8 @@ def cmd_evaluate(args):
         if args.held:                   # a set of samples needs other noise for each photo
             seed += 100 * args.seeds * photos.index(photo)
         command, *flags = arm.split()
-        argv = [command, *shared, "--seed", str(seed), *flags, "--image", photo]
+        argv = [command, "--size", str(size), *machine, "--seed", str(seed), *flags]
+        argv += ["--image", photo]
         if args.quick:                  # few steps, and a prior of two steps
             if command == "fit-dip" or "--init dip" in arm:
                 argv += ["--iters", "6"]
@@ -2546,7 +2533,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="a DDPM from noise, a photo, or a DIP of it")
     train = commands.add_parser("train", help="train a DDPM on photos or an array")
     evaluate = commands.add_parser("evaluate", help="tables; every row is a command line")
-    share, whole = partial(in_range, float, 0), partial(in_range, int, 1)
+    real, whole = partial(in_range, float, 0), partial(in_range, int, 1)      # up to a maximum
     fit.set_defaults(init=None, start=None)
     for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
@@ -2554,7 +2541,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--task", default=task, help=f"{TASKS} ({task})")
         add("--observed", action="store_true", help="--image is degraded; denoise finds its noise")
         add("--mask", help="for inpaint: a picture of the photo's size, white = known")
-        add("--told", type=partial(share, 255), help="level told to the fit; 0: estimated (SIGMA)")
+        add("--told", type=partial(real, 255), help="level told to the fit; 0: estimated (SIGMA)")
         add("--noise", choices=["auto", "white"], help="auto: as found; white: assumed (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
@@ -2564,7 +2551,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--start", type=start_time, help="t0, 1..1000; auto: by R; if told y, at noise 2 (auto)")
     add("--steps", type=partial(whole, 1000), help="network calls, at most (1; from noise 20)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many to average (4)")
-    add("--eta", type=partial(share, 1), help="0 DDIM .. 1 ancestral; needs several calls (1)")
+    add("--eta", type=partial(real, 1), help="0 DDIM .. 1 ancestral; needs several calls (1)")
     add("--no-guide", action="store_true", help="only start from the DIP: neither tell nor join it")
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument

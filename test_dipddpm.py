@@ -1140,6 +1140,15 @@ def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
     dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
     torch.testing.assert_close(last.answer, dip if brief else (told + 2 * dip) / 3)
 
+@pytest.mark.parametrize("input", ["observed", "estimate"])
+def test_a_stage_has_the_level_of_the_noise_in_its_input(input):
+    """Where the pair is made of pixels there is none, unless the network sees its own estimate."""
+    y = HOLES.forward(smooth_image(12))
+    stages = list(D.fit_dip(y, HOLES, input=input, nets=1, tail=0.0, **SMALL))[:-1]
+    levels = [stage.level for stage in stages]
+    expected = [0.0] * 12 if input == "observed" else 0.2 * np.geomspace(1.5, 0.4, 12)
+    assert levels == pytest.approx(expected)
+
 def test_settings_are_known_by_name():
     with pytest.raises(TypeError):
         next(D.fit_dip(smooth_image(12), NOISY, rung=3))
@@ -1469,7 +1478,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.in_turn, D.Fit.last_look, D.told_answer, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.is_told, D.in_turn, D.told_answer, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
     D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
@@ -2085,6 +2094,12 @@ def noisy_photo(path, n=96, sigma=0.1):
     y = x + blurred_noise(x.shape, sigma)
     D.to_image(y).save(path)
     return x
+
+def test_a_thumbnail_smaller_than_a_block_is_enlarged(tmp_path):
+    D.to_image(smooth_image(5)).save(tmp_path / "t.png")
+    words = ["fit-dip", "--image", tmp_path / "t.png", "--observed", "--task", "superres:8", *TINY]
+    assert run(*words, "--out", tmp_path / "o") == 0
+    assert Image.open(tmp_path / "o" / "result.png").size == (40, 40)
 
 @fuzz
 def test_a_photo_with_noise_of_its_own(tmp_path, capsys):
