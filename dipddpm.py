@@ -837,7 +837,8 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network (after adapt x 4, at most 160)", (2, 10 ** 7))
+    iters: int = setting(None, "steps of each network; a DIP after adapt makes x 4, at most 160",
+                         (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
     lr: float = setting(None, "learning rate", (1e-9, 10))
@@ -1257,7 +1258,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings, of the first network; `in_turn` has those of the others, and
-    the answers are averaged. brief: one network, in fewer steps, since a DDPM goes on from there.
+    the answers are averaged. brief: a DDPM goes on from there, so by default it is one network, and
+    but for primed in fewer steps.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
     prior: a trained DDPM, for adapt, guide and primed (whose answer, unless brief, is a mean of the
@@ -1871,7 +1873,8 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     given_image = F.interpolate(holes_black, scale_factor=float(task.scale))
     text = f"restored in {clock(metrics['seconds'])}"
     if x is None:
-        page = [(title, image, "") for title, image in [("given", given_image), *panels]]
+        page = [("given", given_image, "")]
+        page += [(title, image, "") for title, image in panels]
     else:
         note = "" if task.sigma > 0 else "interpolated: "
         page = [("given", given_image, f"{note}{metrics['psnr_observed']:.2f} dB")]
@@ -2266,7 +2269,9 @@ def fit_examples(state: dict, images: list, device) -> float:
     config = state["config"]
     bar = Progress(config["dips"], "brief DIPs")
     smallest = min(min(image.shape[1:]) for image in images)
-    side = config["patch"] * min(2, smallest // config["patch"])    # two patches, if all have them
+    side = 2 * config["patch"]
+    if side > smallest:
+        side = config["patch"]
     name = config.get("task")
     if name is None and side % 4 > 0:
         fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")

@@ -1478,7 +1478,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.in_turn, D.told_answer, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.is_told, D.in_turn, D.told_answer, D.with_first, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
     D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
