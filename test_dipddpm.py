@@ -1108,20 +1108,23 @@ def test_a_told_prior_learns_the_one_image(task, x):
     for answer in (before, after):
         torch.testing.assert_close(task.forward(answer), y, atol=1e-5, rtol=0)
 
-def test_a_told_prior_is_followed_by_a_dip_that_sees_its_answer():
-    """Its input is that answer and falling noise, from 4 to 1 units of 0.2; the two are averaged."""
+@pytest.mark.parametrize("nets", [2, 3])
+def test_a_told_prior_is_followed_by_dips_that_see_its_answer(nets):
+    """Their input is that answer and falling noise, from 4 to 1 units of 0.2; it counts half in the mean."""
     y = HOLES.forward(smooth_image(12))
     *_, alone = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10, nets=1)
-    *stages, last = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10)
-    seen = [stage for stage in stages if stage.number == 1]
-    levels = [stage.level for stage in seen]
-    assert (len(seen), seen[0].step, seen[-1].step) == (20, 12, 50)
-    assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.8, 0.2])
-    for stage in seen:
-        noise = stage.input - alone.answer
-        assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
-    dip = torch.where(HOLES.known(y) > 0, y, seen[-1].average)
-    torch.testing.assert_close(last.answer, (alone.answer + dip) / 2)
+    *stages, last = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10, nets=nets)
+    total = alone.answer / 2
+    for number in range(1, nets):
+        seen = [stage for stage in stages if stage.number == number]
+        levels = [stage.level for stage in seen]
+        assert (len(seen), seen[0].step, seen[-1].step) == (20, 40 * number - 28, 40 * number + 10)
+        assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.8, 0.2])
+        for stage in seen:
+            noise = stage.input - alone.answer
+            assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
+        total = total + torch.where(HOLES.known(y) > 0, y, seen[-1].average)
+    torch.testing.assert_close(last.answer, total / (nets - 0.5))
 
 @pytest.mark.parametrize("brief", [False, True])
 def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
