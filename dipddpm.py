@@ -1262,7 +1262,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     but for primed in fewer steps.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
-    prior: a trained DDPM, for adapt, guide and primed. Where DIPs saw a DDPM's answer, theirs and it
+    prior: a trained DDPM, for adapt, guide and primed. Where DIPs saw its answer, this and theirs
     are averaged (`with_first`), unless brief. Without noise staged, and adapt for superres, mix the
     answer at last with what there was before the fit (`Fit.mixed`). FloatingPointError is raised
     if the loss is not finite.
@@ -1306,7 +1306,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     answer = mean_image(answers)
     unseen = mean_image(blind)
-    if own.method == "primed" and not brief:        # its input was `start`, the DDPM's answer
+    if own.method == "primed" and not brief:
+        # The DIPs saw `start`, the DDPM's answer. With adapt this is one of the answers, too.
         dips = [one for one in answers if one is not start]
         answer = with_first(start, dips)
     if o.method in ("staged", "adapt") and task.sigma == 0:
