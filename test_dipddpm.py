@@ -2086,7 +2086,7 @@ def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, prior
     flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     assert run("sample", "--init", "dip", *flags, *extra) == 0
     *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (alone[0] + 2 * pages[0]["DIP"] + 2 * told) / 5 if parts == 3 else told
+    expected = (alone[0] + 2 * pages[0]["DIP (primed)"] + 2 * told) / 5 if parts == 3 else told
     torch.testing.assert_close(pages[0]["joined"], expected)
 
 # ---- 9. photos as they are
