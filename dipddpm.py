@@ -172,6 +172,18 @@ class ResBlock(nn.Module):
         hidden = F.relu(self.conv1(x) * (1 + scale) + shift)
         return self.short(x) + self.conv2(hidden)
 
+GREY_SPREAD = 0.5               # how far the pixels of photos are from 0
+GUESS_SPREAD = 0.15             # how far an interpolation is off, about; a DIP, too
+
+def says_something(clue: Tensor) -> Tensor:
+    """Whether each of N clues tells anything, N x 1 x 1 x 1: a clue of zeros does not."""
+    return clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
+
+def guess_spread(clue: Tensor) -> Tensor:
+    """The level of the error of a clue's guess, N x 1 x 1 x 1. If nothing is told, the guess is 0,
+    which is grey."""
+    return torch.where(says_something(clue), GUESS_SPREAD, GREY_SPREAD)
+
 class UNet(nn.Module):
     """The DDPM's network eps_theta(x_t, t) (Ho et al. 2020, appendix B), on 2 x 2 blocks of pixels;
     told of y it is eps_theta(x_t, t, y) (Saharia et al. 2022).
@@ -227,24 +239,17 @@ class UNet(nn.Module):
         x = pad_to(x, 2 ** len(self.enc))
         x = self.stem(F.pixel_unshuffle(x, 2))                                # H/2 x W/2
         skips = []
-        for block in self.enc:
-            x = F.avg_pool2d(x, 2) if skips else x                            # halved again
+        for level, block in enumerate(self.enc):
+            if level > 0:
+                x = F.avg_pool2d(x, 2)                                        # H/4 x W/4, ...
             x = block(x, emb)
             skips.append(x)
         x = self.mid(x, emb)
-        for block in self.dec:
+        for level, block in enumerate(self.dec):
+            if level > 0:
+                x = F.interpolate(x, scale_factor=2.0)                        # ..., H/2 x W/2
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
-            x = F.interpolate(x, scale_factor=2.0) if skips else x            # doubled
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
-
-GREY_SPREAD = 0.5               # how far the pixels of photos are from 0
-GUESS_SPREAD = 0.15             # how far an interpolation is off, about; a DIP, too
-
-def guess_spread(clue: Tensor) -> Tensor:
-    """The level of the error of a clue's guess, N x 1 x 1 x 1; a clue of zeros tells nothing, and
-    its guess is grey."""
-    told = clue.abs().amax(dim=(1, 2, 3), keepdim=True) > 0
-    return torch.where(told, GUESS_SPREAD, GREY_SPREAD)
 
 @torch.no_grad()
 def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
@@ -253,10 +258,11 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
     for top in range(0, x.shape[2], side):
         row = []
         for left in range(0, x.shape[3], side):
-            above, before = min(top, margin), min(left, margin)
-            tile = x[..., top - above:top + side + margin, left - before:left + side + margin]
-            tile = network(tile, *more)
-            row.append(tile[..., above:above + side, before:before + side])
+            above = min(top, margin)
+            before = min(left, margin)
+            seen = x[..., top - above:top + side + margin, left - before:left + side + margin]
+            made = network(seen, *more)
+            row.append(made[..., above:above + side, before:before + side])
         rows.append(torch.cat(row, dim=3))
     return torch.cat(rows, dim=2)
 
@@ -347,9 +353,11 @@ def hold_out(y: Tensor, task: Task, gen: torch.Generator, a: float = 0.25) -> tu
     if task.sigma > 0:
         noise = task.noise_of_y()
         w = noise.draw(y, gen)
-        floor = noise.level ** 2 + (w ** 2).mean().item() / a ** 2
+        y_fit = y + a * w
+        y_val = y - w / a
+        variance = noise.level ** 2 + (w ** 2).mean().item() / a ** 2       # of the noise of y_val
         noisier = replace(task, sigma=task.sigma * math.hypot(1, a))
-        return y + a * w, noisier, partial(held_out_risk, task, y - w / a, floor)
+        return y_fit, noisier, partial(held_out_risk, task, y_val, variance)
     known = task.known(y)
     count = max(1, round(0.1 * known.sum().item()))
     side = min(hole_side(known), int(count ** 0.5))
@@ -376,13 +384,14 @@ def split_pixels(y: Tensor, task: Task, a: float, side: int, gen: torch.Generato
     hidden = (draw_lots(mask, side, gen) < a ** 2 / (1 + a ** 2)).float()
     return replace(task, mask=mask - hidden), replace(task, mask=hidden)
 
-def held_out_risk(task: Task, y: Tensor, floor: float, xhat: Tensor) -> float:
-    """R: the mean of (A (xhat - x))^2 over the held-out part, estimated without bias.
+def held_out_risk(task: Task, y_val: Tensor, variance: float, xhat: Tensor) -> float:
+    """R: the mean of (A (xhat - x))^2 over the held-out part y_val, whose noise has this variance,
+    estimated without bias.
 
     xhat may be any image that was made without that part (Theorem 4 of report.md). If R itself was
     used to choose it, as the best stage or by a share, R comes out too low, but only by little.
     """
-    return task.mse(xhat, y).item() - floor
+    return task.mse(xhat, y_val).item() - variance
 
 def hole_side(mask: Tensor) -> int:
     """The side of a square that is about as deep as the mask's holes. It is 1 where the holes are
@@ -472,7 +481,9 @@ def find_noise(y: Tensor, floor: float = 0.0) -> Noise:
     neighbour = products.mean() / (patches ** 2).mean().clamp(min=1e-20)
     sigma = estimate_sigma(y)
     apart = estimate_sigma(y[..., ::2, ::2])
-    white = level / 3 < sigma < 1.25 * level and apart < 1.4 * sigma and sigma > floor
+    both_agree = level / 3 < sigma < 1.25 * level
+    alike_apart = apart < 1.4 * sigma
+    white = both_agree and alike_apart and sigma > floor
     if white:
         level = sigma
     return Noise(level, tuple(thirds), tuple(places), neighbour.item(), white, patches, floor)
@@ -558,14 +569,16 @@ class Prior(nn.Module):
         t = min(self.schedule.start_t(sigma ** 2), self.t_max)
         ts = torch.full((len(z),), t, device=z.device)
         told = z.shape[1] in (2, 4)         # a clue has a channel more than a picture
-        image = z[:, :-1] if told else z
-        noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
-        clue = z[:, :0]
+        image = z
         if told:
-            clue = torch.cat([noisy, z[:, -1:]], dim=1)
+            image, share = z[:, :-1], z[:, -1:]
+        noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
+        clue = []
+        if told:
+            clue = [noisy, share]
             noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
         xt = self.schedule.abar[t].sqrt().item() * noisy
-        eps = self.model(torch.cat([xt, clue], dim=1), ts)
+        eps = self.model(torch.cat([xt, *clue], dim=1), ts)
         x0 = predict_x0(self.schedule, xt, ts, eps)
         return like_channels(x0, image)
 
@@ -638,7 +651,9 @@ def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
     height, width = image.shape[-2:]
     top = int(torch.randint(max(1, height - side + 1), (), generator=gen))
     left = int(torch.randint(max(1, width - side + 1), (), generator=gen))
-    return ..., slice(top, top + side), slice(left, left + side)
+    rows = slice(top, top + side)
+    columns = slice(left, left + side)
+    return Ellipsis, rows, columns
 
 def random_patches(images: list, count: int, side: int, gen: torch.Generator) -> Tensor:
     """Random squares of some C x H x W images: count x C x side x side."""
@@ -701,13 +716,13 @@ def update_ema(ema: nn.Module, model: nn.Module, rate: float):
     for averaged, newest in zip(ema.state_dict().values(), model.state_dict().values()):
         averaged.copy_(averaged + rate * (newest - averaged))
 
-def keep_loss(eps_loss: Tensor, told: Tensor, t: Tensor, losses: Tensor, clues: Tensor):
+def update_loss(eps_loss: Tensor, told: Tensor, t: Tensor, losses: Tensor, clues: Tensor):
     """Move the running means eps_loss[told, t] towards the newest losses, per value that is not
     known: a known pixel has no error, and the known mean of a block has little."""
     unknown = 1 - clues[:, -1].mean(dim=(1, 2)).cpu()
-    rest = losses / unknown.clamp(min=0.01)
+    newest = losses / unknown.clamp(min=0.01)
     before = eps_loss[told, t]
-    eps_loss[told, t] = torch.where(before.isnan(), rest, before.lerp(rest, 0.2))
+    eps_loss[told, t] = torch.where(before.isnan(), newest, before.lerp(newest, 0.2))
 
 def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=1) -> Iterator:
     """Ho et al. Algorithm 1, told what observations know; yields the loss at every step.
@@ -732,7 +747,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         state["step"] += 1
         x0, eps, clues = draw_batch(images, state["dips"], config, gen)
         spread = guess_spread(clues).flatten()
-        told = (spread < GREY_SPREAD).long()
+        told = says_something(clues).flatten().long()
         draws = torch.randint(1, config["t_max"] + 1, (2, batch), generator=gen)
         t = torch.where(told == 1, draws.amax(dim=0), draws[0])
         mine = slice(rank, None, world)
@@ -742,8 +757,8 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         predicted = model(torch.cat([xt, clues], dim=1), t.to(device))
         losses = ((predicted - eps) ** 2).mean(dim=(1, 2, 3)).cpu()         # Ho et al. eq. 14
         # The error of eps is that of the correction, times error / sigma_t (UNet.forward). The
-        # weight is (sigma_t / error)^2, as of a missing pixel: so an error of the correction counts
-        # the same at every t (Karras et al. 2022, eq. 8).
+        # weight is (sigma_t / error)^2 = 1 + (sigma_t / spread)^2, as of a missing pixel: so an
+        # error of the correction counts the same at every t (Karras et al. 2022, eq. 8).
         weights = 1 + (schedule.sigma[t] / spread) ** 2
         model.zero_grad()
         # Processes average their gradients; the factor world / batch makes all patches count alike.
@@ -751,7 +766,7 @@ def train_ddpm(state: dict, model, ema, images: list, steps: int, rank=0, world=
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimisers, min(1, state["step"] / 50))
         update_ema(ema, model, 1 - (1 - 1 / state["step"]) ** 8)    # about the last eighth of steps
-        keep_loss(state["eps_loss"], told, t, losses.detach(), clues)
+        update_loss(state["eps_loss"], told, t, losses.detach(), clues)
         state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
         state["rng"] = gen.get_state()
         yield losses.mean().item()
@@ -783,11 +798,12 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
         if refine is not None:
             x0 = refine(x0, now)
         eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-        # Song et al.: eq. 16 gives the fresh noise, 0 at the last step, and eq. 12 the step.
-        fresh = eta * math.sqrt((1 - abar_then) / (1 - abar) * (1 - abar / abar_then))
-        xt = math.sqrt(abar_then) * x0 + math.sqrt(max(0, 1 - abar_then - fresh ** 2)) * eps
-        if fresh > 0:
-            xt = xt + fresh * noise_like(xt, gens)
+        # Song et al.: eq. 16 gives the level v of the fresh noise, 0 at the last step; eq. 12 the
+        # step.
+        v = eta * math.sqrt((1 - abar_then) / (1 - abar) * (1 - abar / abar_then))
+        xt = math.sqrt(abar_then) * x0 + math.sqrt(max(0, 1 - abar_then - v ** 2)) * eps
+        if v > 0:
+            xt = xt + v * noise_like(xt, gens)
     return x0
 
 # ---- 5. The staged fit: a DIP with DDPM-like supervision ----------------------------------------
@@ -858,6 +874,10 @@ def is_told(o: Settings, noisy: bool) -> bool:
     """Whether the network that is fitted is told y: a DDPM, of a y without noise."""
     return o.method == "adapt" and not noisy
 
+def splits(o: Settings, task: Task) -> bool:
+    """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
+    return o.target == "conjugate" and task.sigma == 0 and task.scale == 1
+
 def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
@@ -876,26 +896,31 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
             source, aim = "estimate", "plain"
     return replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop)
 
+# Of every fit; below is what differs.
+DEFAULTS = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
+                lr=0.01)
+MUON = dict(optimiser="muon", lr=0.05)
+BY_TASK = {         # for a method, and for noise, missing pixels or means of blocks
+    ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
+    ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
+    ("staged", "blocks"): dict(iters=400, nets=2),      # Muon: 0.7 dB less (BSDS, superres:4)
+    ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
+    # a of 0.65: three in ten of the known pixels are hidden.
+    ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
+    ("adapt", "blocks"): dict(iters=60, rungs=5, lr=3e-4),
+    ("primed", "holes"): dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON),
+}
+
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     noisy = task.sigma > 0
     o = with_roles(o, task.scale, noisy)
-    values = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
-                  lr=0.01)
-    if o.method == "staged" and noisy:
-        values.update(iters=250, nets=2, high=2.0, optimiser="muon", lr=0.05, tail=0.25)
-    elif o.method == "staged" and task.scale == 1:
-        values.update(iters=200, nets=2, high=1.5, optimiser="muon", lr=0.05, tail=0.25)
-    elif o.method == "staged":          # here Muon was 0.7 dB below Adam (BSDS, superres:4)
-        values.update(iters=400, nets=2)
-    elif o.method == "adapt" and noisy:
-        values.update(iters=100, lr=1e-4, tail=0.25)
-    elif o.method == "adapt" and task.scale == 1:       # a of 0.65: three in ten are hidden
-        values.update(iters=40, nets=2, lr=1e-3, rungs=5, high=0.65, low=0.65)
-    elif o.method == "adapt":
-        values.update(iters=60, lr=3e-4, rungs=5)
-    elif o.method == "primed":
-        values.update(iters=160, rungs=20, high=6.0, low=1.5, optimiser="muon", lr=0.05)
+    kind = "holes"
+    if noisy:
+        kind = "noise"
+    elif task.scale > 1:
+        kind = "blocks"
+    values = DEFAULTS | BY_TASK.get((o.method, kind), {})
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
     if brief and o.method != "primed":
@@ -920,8 +945,8 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
         # The DDPM is followed by a DIP that is primed with its answer; as this is better than that
         # of a DDPM that was not fitted, less noise drowns it.
         steps = min(4 * o.iters, 160)
-        later = replace(o, method="primed", target="plain", optimiser="muon", lr=0.05, iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0)
+        later = replace(o, method="primed", target="plain", iters=steps,
+                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -950,7 +975,9 @@ def turned(x: Tensor, g: int) -> Tensor:
 
 def turned_back(x: Tensor, g: int) -> Tensor:
     """The inverse of turned(., g)."""
-    return turned(x, g if g > 3 else -g % 4)
+    if g > 3:
+        return turned(x, g)
+    return torch.rot90(x, -g, (2, 3))
 
 def noisy_input(o: Settings, base: Tensor, a: float, w: Tensor, sigma: float) -> tuple:
     """What the network sees, z1 or the fixed z, and the level of the noise in it."""
@@ -984,10 +1011,6 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
     if not torch.isfinite(loss):
         raise FloatingPointError("the loss is not finite")
     return loss
-
-def splits(o: Settings, task: Task) -> bool:
-    """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
-    return o.target == "conjugate" and task.sigma == 0 and task.scale == 1
 
 def cut(image: Tensor, places: list, scale: int = 1) -> Tensor:
     """The windows of an image as a batch; scale = s for an image on the grid of x, not of y."""
@@ -1032,10 +1055,15 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
         return 1.0
     r0 = judge(first)
     r1 = judge(second)
-    apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)     # mean square of first - second
-    share = min(max(0.5 + (r0 - r1) / max(2 * apart, 1e-12), 0.0), 1.0)
+    # R(s) = (1 - s) r0 + s r1 - s (1 - s) apart; R(1/2) gives `apart`, the mean square of their
+    # difference. R is least where its slope, r1 - r0 - (1 - 2 s) apart, is 0.
+    apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)
+    share = 0.5 + (r0 - r1) / max(2 * apart, 1e-12)
+    share = min(max(share, 0.0), 1.0)
     mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
-    return share if mixed <= 0.8 * r1 else 1.0
+    if mixed > 0.8 * r1:
+        return 1.0
+    return share
 
 def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
     """What a network makes of an image with noise of this level: the mean of some turns."""
@@ -1121,8 +1149,7 @@ class Fit:
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
-            base = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average,
-                    "first": self.first}[o.input]
+            base = self.source(y, task, average)
             self.w = None
             for _ in range(steps):
                 z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
@@ -1142,6 +1169,12 @@ class Fit:
             noise = 0.0 if clear else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
+    def source(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
+        """What the network sees, before any noise is added to it."""
+        images = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average,
+                  "first": self.first}
+        return images[self.o.input]
+
     def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
         """A step's pair, of all the photo or of windows: (z1, its noise level, z2, z2's task)."""
         o = self.o
@@ -1153,14 +1186,14 @@ class Fit:
         if self.told:
             return self.told_pair(y, task, base, a, side)
         if o.fresh or self.w is None:
-            shape = task.pinv(y).shape
-            self.w = (task.sigma or FREE_UNIT) * torch.randn(shape, generator=self.gen).to(y)
+            white = Noise(task.sigma or FREE_UNIT)
+            self.w = white.draw(task.pinv(y), self.gen)
         z, level = noisy_input(o, base, a, self.w, task.sigma)              # z1 = y + a w
         if not splits(o, task):
             return z, level, noisy_target(o, y, a, self.w, task), task      # z2 = y - w / a
         seen, hidden = split_pixels(y, task, a, side, self.gen)
         if o.input == "observed":
-            z = seen.interpolate(y)     # without noise
+            z = seen.interpolate(y)     # The seen pixels stand in place of y + a w.
         return z, level, y * hidden.mask, hidden
 
     def told_pair(self, y: Tensor, task: Task, first: Tensor, a: float, side: int) -> tuple:
@@ -1192,9 +1225,8 @@ class Fit:
         """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
         if self.told:
             return told_answer(self.judged, y, task, turns)
-        seen = {"observed": task.interpolate(y), "estimate": average, "first": self.first}
         level = task.sigma or self.o.low * FREE_UNIT
-        return mean_of_turns(self.judged, seen[self.o.input], level, turns)
+        return mean_of_turns(self.judged, self.source(y, task, average), level, turns)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1240,18 +1272,19 @@ class Fit:
         the interpolation, or what a told DDPM makes of y. `unseen` and `guess` were made without
         what is held out, for R. The share of the fit is 1/2 for superres, of which R sees too
         little; else that of least R, or 1 where nothing is held out."""
-        first = task.interpolate(y)
+        before = task.interpolate(y)
         if self.told:
-            first = guess = self.first
+            before = guess = self.first
         share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
-        return first.lerp(answer, share), guess.lerp(unseen, share)
+        return before.lerp(answer, share), guess.lerp(unseen, share)
 
-    def tail(self, task: Task) -> list:
+    def tail_rungs(self, task: Task) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
         than sigma^2 / 200 (chosen on BSDS photos, such that no default fit of CBSD68 changes): such
         a fit learns the noise that it sees, and would learn that of all of y, unseen by R."""
-        overfits = self.rise > task.sigma ** 2 / 200
-        return [] if overfits and task.sigma > 0 else self.rungs[self.watched:]
+        if task.sigma > 0 and self.rise > task.sigma ** 2 / 200:
+            return []
+        return self.rungs[self.watched:]
 
 def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None,
             **settings) -> Iterator[Stage]:
@@ -1261,7 +1294,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     the answers are averaged. brief: a DDPM goes on from there, so by default it is one network, and
     but for primed in fewer steps.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
-    is not held out; then, from the weights of its best stage on, all of y (`Fit.tail`).
+    is not held out; then, from the weights of its best stage on, all of y (`Fit.tail_rungs`).
     prior: a trained DDPM, for adapt, guide and primed. Where DIPs saw its answer, this and theirs
     are averaged (`with_first`), unless brief. Without noise staged, and adapt for superres, mix the
     answer at last with what there was before the fit (`Fit.mixed`). FloatingPointError is raised
@@ -1294,7 +1327,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         answer = best.average
         if fit.looks:                   # once more, at all of y, as the tail sees it
             answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
-        for stage in fit.descend(y, task, fit.tail(task), answer):
+        for stage in fit.descend(y, task, fit.tail_rungs(task), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         steps += fit.step
@@ -1308,7 +1341,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     unseen = mean_image(blind)
     if own.method == "primed" and not brief:
         # The DIPs saw `start`, the DDPM's answer. With adapt this is one of the answers, too.
-        dips = [one for one in answers if one is not start]
+        dips = answers if o.method == "primed" else answers[1:]
         answer = with_first(start, dips)
     if o.method in ("staged", "adapt") and task.sigma == 0:
         answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
@@ -1337,16 +1370,20 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # photo, as a DIP is; where pixels are missing, a primed DIP follows.
 # To run it: `dipddpm.py sample --init dip`.
 
-def brief_dips(images: list, count: int, side: int, seed: int, device,
-               name: str | None = None) -> Iterator[Tensor]:
+def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
     """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or only the means of blocks are known; or, if named, of one task only.
+    pixels are missing, or only the means of blocks are known; or of the one task of the training.
 
-    Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. side must be
-    a multiple of 4. images: uint8 C x H x W.
+    Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. The side is
+    twice that of a patch, if all images are as large. images: uint8 C x H x W.
     """
+    name = config.get("task")
+    seed = config["seed"]
+    side = config["patch"]
+    if min(min(image.shape[1:]) for image in images) >= 2 * side:
+        side = 2 * side
     gen = stream(seed, OBSERVE)
-    for k in range(count):
+    for k in range(config["dips"]):
         x0 = random_patches(images, 1, side, gen).to(device) / 127.5 - 1
         share = 0.5 + 0.45 * torch.rand((), generator=gen)
         missing = torch.rand((1, 1, side, side), generator=gen) < share
@@ -1397,11 +1434,12 @@ def reverse(prior: Prior, task: Task, xt: Tensor, t0: int, gens: list, *, steps:
     grey. Sample i depends on gens[i] alone. clue: of Task.clue, or None: the network is told
     nothing. watch(x0), if given, sees every step.
     """
-    r2 = prior.r2[1]                    # of images of which something is told
     if clue is None:
-        clue = xt[:, :0]                # no channels: x_t goes in alone
-        r2 = prior.r2[0]
-    model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
+        r2 = prior.r2[0]                # of images of which nothing is told
+        model = partial(tiled, prior.model)
+    else:
+        r2 = prior.r2[1]
+        model = partial(eps_with_clue, prior.model, clue.expand(len(xt), -1, -1, -1))
     join = partial(refine_x0, r2=r2, xhat=xhat, risk=risk, y=y, task=task, watch=watch)
     return ddim_sample(model, prior.schedule, xt, t0, steps, gens, eta, join)
 
@@ -2048,7 +2086,7 @@ def cmd_sample(args):
         metrics |= found
         start = stage.answer
         noise = 0.0
-        panels.append(("DIP", start))
+        panels.append((f"DIP ({args.method})", start))
         metrics["psnr_dip"], _ = quality(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
@@ -2200,6 +2238,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
         fail("--batch: a quarter of it is told DIPs; give 4 or more, or --dips 0")
+    if args.dips > 0 and args.task is None and args.patch % 4 > 0:
+        fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")
     if args.resume:
         state, _ = attempt("--resume", path, "begin without --resume", read_checkpoint)
         for name, value in config.items():
@@ -2244,7 +2284,11 @@ def cmd_train(args):
         f"parameters, t <= {t_max}, steps {state['step']} to {args.steps} -> {path}")
     before = rows[-1]["seconds"] if rows else 0.0
     if args.dips > 0 and not args.resume:
-        before = fit_examples(state, images, args.device)
+        bar = Progress(args.dips, "brief DIPs")
+        for example in brief_dips(images, state["config"], args.device):
+            state["dips"].append(example)
+            bar.step()
+        before = bar.seconds
         if rank == 0:
             save(path, state)
     bar = Progress(args.steps - state["step"], "DDPM")
@@ -2265,22 +2309,6 @@ def cmd_train(args):
     save(f"{args.out}/curves.png", training_curves(rows, loss))
     save(f"{args.out}/log.csv", rows)
     save(f"{args.out}/metrics.json", metrics | dict(command=args.argv))
-
-def fit_examples(state: dict, images: list, device) -> float:
-    """Fit the DIPs of which the DDPM will be told, into the state; returns the seconds."""
-    config = state["config"]
-    bar = Progress(config["dips"], "brief DIPs")
-    smallest = min(min(image.shape[1:]) for image in images)
-    side = 2 * config["patch"]
-    if side > smallest:
-        side = config["patch"]
-    name = config.get("task")
-    if name is None and side % 4 > 0:
-        fail("--patch: some DIPs are told blocks of 4 pixels; give a multiple of 4")
-    for example in brief_dips(images, config["dips"], side, config["seed"], device, name):
-        state["dips"].append(example)
-        bar.step()
-    return bar.seconds
 
 def training_curves(rows: list, loss: list) -> Image.Image:
     """The loss against time, and below it by t = 1, 2, ..."""

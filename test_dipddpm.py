@@ -674,7 +674,7 @@ def test_brief_dips_are_fits(monkeypatch):
     monkeypatch.setattr(D, "fit_dip", shorter)
     images = [D.load_image(os.path.join(D.PHOTOS, "test", "chelsea.png"))[0, :, 100:140, 100:140]]
     images = [((image + 1) * 127.5).round().byte() for image in images]
-    first, again = [list(D.brief_dips(images, 2, 16, 0, torch.device("cpu"))) for _ in range(2)]
+    first, again = [list(D.brief_dips(images, dict(dips=2, patch=16, seed=0), torch.device("cpu"))) for _ in range(2)]
     assert len(first) == 2 and all(map(torch.equal, first, again)) and all(40 <= n <= 125 for n in lengths)
     for example in first:
         x0, dip, share = example.split([3, 3, 1])
@@ -1482,7 +1482,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
     D.is_told, D.in_turn, D.told_answer, D.with_first, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
-    D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail, D.Fit.learn,
+    D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
 def test_fit_and_stop_have_no_clean_image_parameter(function):
@@ -2086,7 +2086,7 @@ def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, prior
     flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     assert run("sample", "--init", "dip", *flags, *extra) == 0
     *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (alone[0] + 2 * pages[0]["DIP"] + 2 * told) / 5 if parts == 3 else told
+    expected = (alone[0] + 2 * pages[0]["DIP (primed)"] + 2 * told) / 5 if parts == 3 else told
     torch.testing.assert_close(pages[0]["joined"], expected)
 
 # ---- 9. photos as they are
