@@ -798,8 +798,7 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
         if refine is not None:
             x0 = refine(x0, now)
         eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-        # Song et al.: eq. 16 gives the level v of the fresh noise, 0 at the last step; eq. 12 the
-        # step.
+        # Song et al.: eq. 16 gives v, the level of fresh noise (0 at the end); eq. 12 is the step.
         v = eta * math.sqrt((1 - abar_then) / (1 - abar) * (1 - abar / abar_then))
         xt = math.sqrt(abar_then) * x0 + math.sqrt(max(0, 1 - abar_then - v ** 2)) * eps
         if v > 0:
@@ -896,11 +895,11 @@ def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
             source, aim = "estimate", "plain"
     return replace(o, input=o.input or source, target=o.target or aim, stop=o.stop or stop)
 
-# Of every fit; below is what differs.
+# What a fit takes by default. BY_TASK holds what differs for some methods and tasks.
 DEFAULTS = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                 lr=0.01)
 MUON = dict(optimiser="muon", lr=0.05)
-BY_TASK = {         # for a method, and for noise, missing pixels or means of blocks
+BY_TASK = {         # the method, and what the observation has: noise, holes, or means of blocks
     ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
     ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
     ("staged", "blocks"): dict(iters=400, nets=2),      # Muon: 0.7 dB less (BSDS, superres:4)
