@@ -1397,6 +1397,12 @@ def test_gradient_loss_counts_edges():
     assert loss["squares", "flat"] == loss["gradient", "flat"] == loss["squares", "board"] == 1
     assert loss["gradient", "board"] == pytest.approx(1 + 2 * 4 * 7 / 8)
 
+def test_edges_count_by_default_where_blocks_are_known():
+    blocks = D.Task("superres:2", scale=2)
+    assert settings(blocks).loss == "gradient"
+    assert {settings(blocks, method="dip").loss, settings(HOLES).loss, settings(NOISY).loss} == {"squares"}
+    assert settings(blocks, loss="squares").loss == "squares"
+
 # ---- 5. windows of large photos
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
