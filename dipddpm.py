@@ -832,6 +832,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DDPM
+EDGES = 4                       # the weight of the edges in the loss, if they count
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
 TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
@@ -903,8 +904,8 @@ MUON = dict(optimiser="muon", lr=0.05)
 BY_TASK = {         # the method, and what the observation has: noise, holes, or means of blocks
     ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
     ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
-    # With Muon 0.7 dB less, with squares 0.1 (BSDS, superres:4): a brief fit draws edges late.
-    ("staged", "blocks"): dict(iters=400, nets=2, loss="gradient"),
+    # A brief fit draws edges late, unless they count more (4.6 of report.md).
+    ("staged", "blocks"): dict(iters=160, nets=2, loss="gradient", **MUON),
     ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
     # a of 0.65: three in ten of the known pixels are hidden.
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
@@ -1004,7 +1005,7 @@ def fit_loss(o: Settings, output: Tensor, target: Tensor, task: Task, level: flo
         for scale in (1, 2, 4):
             error = F.avg_pool2d(task.forward(output) - target, scale, ceil_mode=True)
             for dim in (2, 3):
-                loss = loss + (error.diff(dim=dim) ** 2).sum() / error.numel()
+                loss = loss + EDGES * (error.diff(dim=dim) ** 2).sum() / error.numel()
     if o.method == "guide":     # RED-diff (Mardani et al. 2024), but always at the input's level
         with torch.no_grad():
             denoised = prior(output + level * torch.randn_like(output), level)
