@@ -904,7 +904,7 @@ MUON = dict(optimiser="muon", lr=0.05)
 BY_TASK = {         # the method, and what the observation has: noise, holes, or means of blocks
     ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
     ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
-    # A brief fit draws edges late, unless they count more (4.6 of report.md).
+    # A brief fit draws edges late, unless they count more (4.8 of report.md).
     ("staged", "blocks"): dict(iters=160, nets=2, loss="gradient", **MUON),
     ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
     # a of 0.65: three in ten of the known pixels are hidden.
