@@ -1763,7 +1763,7 @@ class Progress:
 
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
-START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
+START_ERROR = 16 / 127.5        # the error of a start where it is not known: of DIPs of BSDS photos
 SAVE_EVERY = 100                # steps of a training
 DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
 CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
@@ -2109,8 +2109,6 @@ def cmd_sample(args):
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.insert(0, ("DDPM alone", alone))
             metrics["psnr_ddpm"], _ = quality(alone, x)
-            if args.method != "primed":
-                bar.begin = time.monotonic()        # this control is not in the clock
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
