@@ -1763,7 +1763,7 @@ class Progress:
 
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
-START_ERROR = 16 / 127.5        # the error of a start where it is not known: of DIPs of BSDS photos
+START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
 SAVE_EVERY = 100                # steps of a training
 DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
 CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()

@@ -2225,7 +2225,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
         assert run(*flags, *init, *extra) == 0
         metrics = read_json(tmp_path / "metrics.json")
         told, given_steps = "--no-clue" not in extra, "--steps" in extra
-        error = metrics["risk"] if "dip" in init else (16 / 127.5) ** 2
+        error = metrics["risk"] if "dip" in init else (25 / 127.5) ** 2
         rule = min(prior.schedule.start_t(4.0 if told else error), prior.t_max)
         assert metrics["t0"] == (9 if 9 in extra else rule)
         assert metrics["nfe"] == (extra[-1] if given_steps else 1)
