@@ -1395,7 +1395,13 @@ def test_gradient_loss_counts_edges():
     loss = {(kind, name): D.fit_loss(D.Settings(loss=kind), error, zero, NOISY, 0.1, None).item()
             for kind in ("squares", "gradient") for name, error in (("flat", flat), ("board", board))}
     assert loss["squares", "flat"] == loss["gradient", "flat"] == loss["squares", "board"] == 1
-    assert loss["gradient", "board"] == pytest.approx(1 + 2 * 4 * 7 / 8)
+    assert loss["gradient", "board"] == pytest.approx(1 + 4 * 2 * 4 * 7 / 8)
+
+def test_edges_count_by_default_where_blocks_are_known():
+    blocks = D.Task("superres:2", scale=2)
+    assert settings(blocks).loss == "gradient"
+    assert {settings(blocks, method="dip").loss, settings(HOLES).loss, settings(NOISY).loss} == {"squares"}
+    assert settings(blocks, loss="squares").loss == "squares"
 
 # ---- 5. windows of large photos
 
