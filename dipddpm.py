@@ -909,7 +909,7 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
     ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
     # a of 0.65: three in ten of the known pixels are hidden.
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
-    ("adapt", "blocks"): dict(iters=60, rungs=5, lr=3e-4),
+    ("adapt", "blocks"): dict(iters=60, nets=2, rungs=5, lr=3e-4),
     ("primed", "holes"): dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON),
 }
 
@@ -943,12 +943,15 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
 def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
-    if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by a DIP that is primed with its answer; as this is better than that
-        # of a DDPM that was not fitted, less noise drowns it.
+    if is_told(o, task.sigma > 0):
+        # The DDPM is followed by a DIP. Where pixels are missing this is primed with its answer; as
+        # that is better than the one of a DDPM that was not fitted, less noise drowns it.
         steps = min(4 * o.iters, 160)
-        later = replace(o, method="primed", target="plain", iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
+        later = replace(o, target="plain", iters=steps, rungs=min(4 * o.rungs, steps), **MUON)
+        if task.scale == 1:
+            later = replace(later, method="primed", high=4.0, low=1.0)
+        else:
+            later = replace(later, method="staged", input="estimate", loss="gradient")
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1034,7 +1037,7 @@ class Stage:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
     answer: Tensor | None = None    # the mean of the networks done; until then, the first's best;
-                                    # at last, without noise, as Fit.mixed or with_first make it
+                                    # at last, without noise, as with_first or best_share make it
     risk: float = math.nan          # R of the answer as it was before it saw what was held out
     stop_step: int = 0              # the step at which the newest network was best
 
@@ -1042,9 +1045,10 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
-def with_first(first: Tensor, later: list[Tensor]) -> Tensor:
+def with_first(images: list[Tensor]) -> Tensor:
     """The mean of a DDPM's first answer and of the estimates that came after it. The first is the
     weakest by far on clear shapes, and counts half (chosen on BSDS photos and Set9)."""
+    first, *later = images
     return (first / 2 + sum(later)) / (1 / 2 + len(later))
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
@@ -1133,6 +1137,7 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.sigma > 0)
+        self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
@@ -1230,6 +1235,13 @@ class Fit:
         level = task.sigma or self.o.low * FREE_UNIT
         return mean_of_turns(self.judged, self.source(y, task, average), level, turns)
 
+    def last_look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
+        """The best estimate, made once more from all of y, as the tail sees it, and in more turns;
+        or as it is, if it is the mean of the outputs."""
+        if not self.looks:
+            return average
+        return self.look(y, task, average, turns=8 if self.told else 4)
+
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
         self.step += 1
@@ -1269,16 +1281,12 @@ class Fit:
         self.rise = scores[-1] - scores[best_rung]
         self.judged.load_state_dict(weights)
 
-    def mixed(self, y: Tensor, task: Task, answer: Tensor, unseen: Tensor, guess: Tensor, judge):
-        """(answer, unseen), each mixed with the estimate from before the fit, whose errors differ:
-        the interpolation, or what a told DDPM makes of y. `unseen` and `guess` were made without
-        what is held out, for R. The share of the fit is 1/2 for superres, of which R sees too
-        little; else that of least R, or 1 where nothing is held out."""
-        before = task.interpolate(y)
-        if self.told:
-            before = guess = self.first
-        share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
-        return before.lerp(answer, share), guess.lerp(unseen, share)
+    def mixed(self, image: Tensor) -> Tensor:
+        """An estimate; where blocks are known, its mean with the one from before the fit, whose
+        errors differ: the interpolation, or what a DDPM made of y."""
+        if self.mixes:
+            return self.first.lerp(image, 0.5)
+        return image
 
     def tail_rungs(self, task: Task) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
@@ -1298,9 +1306,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail_rungs`).
     prior: a trained DDPM, for adapt, guide and primed. Where DIPs saw its answer, this and theirs
-    are averaged (`with_first`), unless brief. Without noise staged, and adapt for superres, mix the
-    answer at last with what there was before the fit (`Fit.mixed`). FloatingPointError is raised
-    if the loss is not finite.
+    are averaged (`with_first`), unless brief. For superres each network's answer is mixed with what
+    there was before it (`Fit.mixed`); where pixels are missing, that of staged with the
+    interpolation, if R says so (`best_share`). FloatingPointError: the loss is not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1326,27 +1334,27 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-        answer = best.average
-        if fit.looks:                   # once more, at all of y, as the tail sees it
-            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
+        answer = fit.last_look(y, task, best.average)
         for stage in fit.descend(y, task, fit.tail_rungs(task), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         steps += fit.step
-        longer = [*blind, best.average]
+        longer = [*blind, fit.mixed(best.average)]
         # After pairs of pixels a network sees all, and no theorem protects it: it must not raise R.
         if number > 0 and paired and judge and judge(mean_image(longer)) > judge(mean_image(blind)):
             continue
-        answers.append(task.keep_known(answer, y))
+        answers.append(task.keep_known(fit.mixed(answer), y))
         blind = longer
-    answer = mean_image(answers)
     unseen = mean_image(blind)
-    if own.method == "primed" and not brief:
-        # The DIPs saw `start`, the DDPM's answer. With adapt this is one of the answers, too.
-        dips = answers if o.method == "primed" else answers[1:]
-        answer = with_first(start, dips)
-    if o.method in ("staged", "adapt") and task.sigma == 0:
-        answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
+    if o.method == "primed" and not brief:
+        answers = [start, *answers]     # as with adapt, where the DDPM's answer is one of them
+    answer = mean_image(answers)
+    if own.method == "primed":
+        answer = with_first(answers)
+    if o.method == "staged" and task.sigma == 0:
+        share = best_share(judge, guess, unseen)
+        answer = task.interpolate(y).lerp(answer, share)
+        unseen = guess.lerp(unseen, share)
     if judge:
         found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
@@ -1369,7 +1377,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # has no R, the DIP's error is taken to be START_ERROR). A DDPM that was trained on DIPs is told the
 # DIP there, too: it has learned how far to trust one.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is; where pixels are missing, a primed DIP follows.
+# photo, as a DIP is; then a DIP follows. Where pixels are missing, this is primed.
 # To run it: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
@@ -2112,7 +2120,7 @@ def cmd_sample(args):
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
-            mean = with_first(alone, [start, mean])         # their errors differ
+            mean = with_first([alone, start, mean])         # their errors differ
     except KeyboardInterrupt:
         samples = mean = start          # what there is so far
         panels = panels or [("start", start)]

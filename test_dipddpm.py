@@ -1126,6 +1126,25 @@ def test_a_told_prior_is_followed_by_dips_that_see_its_answer(nets):
         total = total + torch.where(HOLES.known(y) > 0, y, seen[-1].average)
     torch.testing.assert_close(last.answer, total / (nets - 0.5))
 
+@pytest.mark.parametrize("nets", [2, 3])
+def test_where_blocks_are_known_a_told_prior_is_followed_by_dips_of_lesson_2(nets):
+    """They begin at its answer, see their own estimate and falling noise, and count half against it."""
+    task = D.Task("superres:2", scale=2)
+    y = task.forward(smooth_image(16))
+    *_, alone = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=1)
+    *stages, last = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=nets)
+    total = alone.answer
+    for number in range(1, nets):
+        seen = [stage for stage in stages if stage.number == number]
+        levels = [stage.level for stage in seen]
+        assert (len(seen), seen[0].step, seen[-1].step) == (20, 40 * number - 28, 40 * number + 10)
+        assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.6, 0.08])
+        for before, stage in zip([alone.answer] + [stage.average for stage in seen], seen):
+            noise = stage.input - before
+            assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
+        total = total + (alone.answer + seen[-1].average) / 2
+    torch.testing.assert_close(last.answer, total / nets)
+
 @pytest.mark.parametrize("brief", [False, True])
 def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
     """Its input is the prior's answer and falling noise; fit-dip's answer is a third of it and two thirds
