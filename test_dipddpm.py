@@ -1161,6 +1161,10 @@ def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
         assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
     dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
     torch.testing.assert_close(last.answer, dip if brief else (told + 2 * dip) / 3)
+    *stages, last = D.fit_dip(y, HOLES, prior, method="primed", iters=20, nets=2, brief=brief)
+    two = [[stage for stage in stages if stage.number == number][-1].average for number in (0, 1)]
+    dips = [torch.where(HOLES.known(y) > 0, y, dip) for dip in two]
+    torch.testing.assert_close(last.answer, sum(dips) / 2 if brief else (told + 2 * sum(dips)) / 5)
 
 @pytest.mark.parametrize("input", ["observed", "estimate"])
 def test_a_stage_has_the_level_of_the_noise_in_its_input(input):
@@ -1506,8 +1510,8 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.in_turn, D.told_answer, D.with_first, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
-    D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
+    D.is_told, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.Fit.told_pair, D.Fit.look, D.Fit.last_look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
 def test_fit_and_stop_have_no_clean_image_parameter(function):
@@ -2650,6 +2654,8 @@ fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
 fit-dip P --method adapt --task superres:4 --high 2 -> --high
+fit-dip P --method adapt --task superres:4 --nets 1 --fresh 0 -> --fresh
+fit-dip P --method adapt --task inpaint:0.5 --nets 1 --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --tail 0.2 -> --tail
 fit-dip P --method adapt --task inpaint:0.5 --stop holdout -> --stop
 fit-dip P --method primed --task denoise:25 -> --method
