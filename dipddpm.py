@@ -1734,9 +1734,10 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     1,000 pixels; (label,) alone is a heading."""
     numbers = [number for row in rows for number in row[1:]]
     span, ticks, labels = axis_ticks(on_axis([0, *numbers], False), False)
-    left, right, top, bottom = 900, 1940, 110, 150 + 44 * len(rows)
+    right, top, bottom = 1940, 110, 150 + 44 * len(rows)
     page = Image.new("RGB", (2000, bottom + 110), "white")                  # drawn twice as large
     draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(26), ImageFont.load_default(21)
+    left = 70 + max(small.getlength(label) for label, *places in rows if places)
     draw.text((30, 24), title, "black", ImageFont.load_default(30))
     for x, label in zip(np.interp(ticks, span, (left, right)), labels):
         color = "dimgrey" if label == "0" else "#d8d8d8"
