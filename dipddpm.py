@@ -14,7 +14,7 @@ Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where
     A, A^+         what the observation kept of the image, and its pseudo-inverse
     abar_t         the signal's share: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     sigma_t        sqrt((1 - abar_t) / abar_t), the noise level of x_t / sqrt(abar_t)
-    eps, n; w      white noise of level 1; w: fresh noise of the level that the noise of y has
+    eps, n; w      white noise of level 1; w: fresh noise of the level of y's (0.2 if it has none)
     a              a rung's noise, in units of that of y: its pair is y + a w and y - w / a
     R; r_t^2       estimated mean squared error of the DIP (held-out risk); of the DDPM's x_0 at t
 """
@@ -812,7 +812,9 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # lowers a from rung to rung, from the most corrupted image to the least, as a DDPM's sampling does.
 # Where pixels are missing, and there is no noise, the pair is a part of the known pixels and the
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
-# What remains of overfitting, R sees. To run it: `dipddpm.py fit-dip`.
+# What remains of overfitting, R sees. Where only means of blocks are known there is no pair, and by
+# default no R: the network sees its own estimate and falling noise, for a fixed number of steps.
+# To run it: `dipddpm.py fit-dip`.
 #
 # Method `primed` is the classic DIP but for its input: it sees what a trained DDPM made of y, and
 # falling noise. Without noise it would copy its input, which is y already where y is known.
@@ -835,7 +837,7 @@ WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DD
 EDGES = 4                       # the weight of the edges in the loss, if they count
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
-TWO_NETS_PIXELS = 192 ** 2      # for larger photos one network is enough, to save time
+TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network, to save time: no DIP after adapt
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
@@ -853,7 +855,7 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network; a DIP after adapt makes x 4, at most 160",
+    iters: int = setting(None, "steps of each network; a DIP after adapt: 4 times, up to 160",
                          (2, 10 ** 7))
     nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
     optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
@@ -865,14 +867,14 @@ class Settings:
     rungs: int = setting(None, "stages of each network", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
     turns: int = setting(1, "1: turn and mirror the conjugate pair; 0: do not", (0, 1))
-    loss: str = setting(None, "gradient: edges count, too (squares; superres: gradient)",
+    loss: str = setting(None, "gradient: edges count (squares; superres, staged or adapt: this)",
                         ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
 
 def is_told(o: Settings, noisy: bool) -> bool:
-    """Whether the network that is fitted is told y: a DDPM, of a y without noise."""
+    """Whether the network that is fitted is told y: it is a DDPM, and y has no noise."""
     return o.method == "adapt" and not noisy
 
 def splits(o: Settings, task: Task) -> bool:
@@ -909,7 +911,7 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
     ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
     # a of 0.65: three in ten of the known pixels are hidden.
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
-    ("adapt", "blocks"): dict(iters=60, rungs=5, lr=3e-4),
+    ("adapt", "blocks"): dict(iters=60, nets=2, rungs=5, lr=3e-4, loss="gradient"),
     ("primed", "holes"): dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON),
 }
 
@@ -943,12 +945,16 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
 def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
-    if is_told(o, task.sigma > 0) and task.scale == 1:
-        # The DDPM is followed by a DIP that is primed with its answer; as this is better than that
-        # of a DDPM that was not fitted, less noise drowns it.
+    if is_told(o, task.sigma > 0):
+        # The DDPM is followed by a DIP. Where pixels are missing it is primed with the DDPM's
+        # answer, drowned in less noise than by default, since a fitted DDPM knows more. For
+        # superres it is that of `staged`, but begins at the DDPM's answer, and is mixed with it.
         steps = min(4 * o.iters, 160)
-        later = replace(o, method="primed", target="plain", iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
+        later = replace(o, target="plain", iters=steps, rungs=min(4 * o.rungs, steps), **MUON)
+        if task.scale == 1:
+            later = replace(later, method="primed", high=4.0, low=1.0)
+        else:
+            later = replace(later, method="staged", input="estimate", high=3.0, low=0.4)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -956,7 +962,7 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     return [o] + [later] * (o.nets - 1)
 
 def pixels_of(y: Tensor, task: Task) -> int:
-    """The size of x."""
+    """How many pixels x has."""
     return y.shape[2] * y.shape[3] * task.scale ** 2
 
 def in_windows(o: Settings, y: Tensor, task: Task) -> bool:
@@ -1027,14 +1033,14 @@ class Stage:
     level: float                    # the noise in the network's input, in units of [-1, 1]
     input: Tensor                   # what the network saw in the last step of the rung, or a clue
     output: Tensor                  # what it made of that
-    target: Tensor                  # what this was compared with, in the domain of y
+    target: Tensor                  # what this was compared with: as y is, or as told_pair says
     mse: float                      # of the output to the target
-    average: Tensor                 # the running mean of the outputs, or a look: the estimate
+    average: Tensor                 # the running mean of the outputs, or Fit.look's: the estimate
     # What fit_dip adds to it:
     number: int = 0                 # of the network
     scores: dict = field(default_factory=dict)      # by stop rule; the smallest is the best
     answer: Tensor | None = None    # the mean of the networks done; until then, the first's best;
-                                    # at last, without noise, as Fit.mixed or with_first make it
+                                    # in the last Stage that of the whole fit, see fit_dip
     risk: float = math.nan          # R of the answer as it was before it saw what was held out
     stop_step: int = 0              # the step at which the newest network was best
 
@@ -1042,16 +1048,18 @@ def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
 
-def with_first(first: Tensor, later: list[Tensor]) -> Tensor:
-    """The mean of a DDPM's first answer and of the estimates that came after it. The first is the
-    weakest by far on clear shapes, and counts half (chosen on BSDS photos and Set9)."""
+def with_first(images: list[Tensor]) -> Tensor:
+    """The mean of some estimates, of which the first counts half: it is a DDPM's, and the weakest
+    by far on clear shapes (chosen on BSDS photos and Set9)."""
+    first, *later = images
     return (first / 2 + sum(later)) / (1 / 2 + len(later))
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
-    """The weight, 0..1, of the second estimate in the mean of least R, which is a parabola in it.
+    """The weight, 0..1, of the second estimate in that mean of both which has the least R; R is a
+    parabola in it.
 
-    It is 1 without a judge, and unless this lowers R by a fifth: R has an error, and the second
-    may have more to learn.
+    It is 1 where there is no judge, and where that mean lowers R by less than a fifth: R has an
+    error, and the second estimate may yet learn from what is held out.
     """
     if judge is None:
         return 1.0
@@ -1062,13 +1070,14 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
     apart = 2 * (r0 + r1) - 4 * judge((first + second) / 2)
     share = 0.5 + (r0 - r1) / max(2 * apart, 1e-12)
     share = min(max(share, 0.0), 1.0)
-    mixed = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
-    if mixed > 0.8 * r1:
+    least = (1 - share) * r0 + share * r1 - share * (1 - share) * apart
+    if least > 0.8 * r1:
         return 1.0
     return share
 
 def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
-    """What a network makes of an image with noise of this level: the mean of some turns."""
+    """The mean of what a network makes of some turns of an image. level: of the noise in it; a clue
+    has none yet, and the Prior drowns its guess in noise of this level."""
     views = [turned_back(tiled(network, turned(image, g), level), g) for g in range(turns)]
     return mean_image(views)
 
@@ -1133,6 +1142,7 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.sigma > 0)
+        self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
@@ -1224,11 +1234,18 @@ class Fit:
         return max(0.01, min(1, 5 / self.step))
 
     def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
-        """The averaged network's estimate from all of y, in tiles, the mean of some turns."""
+        """The averaged network's estimate, in tiles, from the whole of the y that is given, and not
+        from windows: the mean of some turns."""
         if self.told:
             return told_answer(self.judged, y, task, turns)
-        level = task.sigma or self.o.low * FREE_UNIT
-        return mean_of_turns(self.judged, self.source(y, task, average), level, turns)
+        return mean_of_turns(self.judged, self.source(y, task, average), task.sigma, turns)
+
+    def last_look(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
+        """The best estimate. If a look made it, one more does: at all of y, whereas in the search a
+        part may have been held out, and in more turns."""
+        if not self.looks:
+            return average
+        return self.look(y, task, average, turns=8 if self.told else 4)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1267,18 +1284,16 @@ class Fit:
             if ended:
                 break
         self.rise = scores[-1] - scores[best_rung]
-        self.judged.load_state_dict(weights)
+        for network in (self.net, self.judged):
+            network.load_state_dict(weights)
 
-    def mixed(self, y: Tensor, task: Task, answer: Tensor, unseen: Tensor, guess: Tensor, judge):
-        """(answer, unseen), each mixed with the estimate from before the fit, whose errors differ:
-        the interpolation, or what a told DDPM makes of y. `unseen` and `guess` were made without
-        what is held out, for R. The share of the fit is 1/2 for superres, of which R sees too
-        little; else that of least R, or 1 where nothing is held out."""
-        before = task.interpolate(y)
-        if self.told:
-            before = guess = self.first
-        share = 0.5 if task.scale > 1 else best_share(judge, guess, unseen)
-        return before.lerp(answer, share), guess.lerp(unseen, share)
+    def mixed(self, image: Tensor) -> Tensor:
+        """An estimate as it counts in the answer: for superres, with staged and adapt, its mean
+        with `first`, whose errors differ. That is the interpolation, or the DDPM's answer before
+        its fit, or, for a DIP after it, the fitted DDPM's. R sees too little to choose a share."""
+        if self.mixes:
+            return self.first.lerp(image, 0.5)
+        return image
 
     def tail_rungs(self, task: Task) -> list:
         """The rungs that see all of y. None if y is noisy and R has risen since its best by more
@@ -1292,15 +1307,17 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
             **settings) -> Iterator[Stage]:
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
-    settings: the fields of Settings, of the first network; `in_turn` has those of the others, and
-    the answers are averaged. brief: a DDPM goes on from there, so by default it is one network, and
-    but for primed in fewer steps.
+    settings: the fields of Settings, of the first network; `in_turn` has those of the others. The
+    answer is the mean of theirs, with three exceptions. A DDPM's answer that primed DIPs saw joins
+    the mean, with half the weight of a DIP (`with_first`), unless brief. Where pixels are missing
+    staged is mixed with the interpolation, if R says so (`best_share`). For superres staged and
+    adapt mix each answer with the one that its network began at (`Fit.mixed`).
+    brief: a DDPM goes on from there. By default there is then one network, and it makes fewer
+    steps, unless it is primed.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail_rungs`).
-    prior: a trained DDPM, for adapt, guide and primed. Where DIPs saw its answer, this and theirs
-    are averaged (`with_first`), unless brief. Without noise staged, and adapt for superres, mix the
-    answer at last with what there was before the fit (`Fit.mixed`). FloatingPointError is raised
-    if the loss is not finite.
+    prior: a trained DDPM, for adapt, guide and primed. FloatingPointError is raised if the loss is
+    not finite.
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
@@ -1326,27 +1343,27 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
                 found["risk"] = judge(mean_image(blind or [best.average]))
             found["answer"] = mean_image(answers or [task.keep_known(best.average, y)])
             yield replace(stage, step=steps + stage.step, **found)
-        answer = best.average
-        if fit.looks:                   # once more, at all of y, as the tail sees it
-            answer = fit.look(y, task, answer, turns=8 if fit.told else 4)
+        answer = fit.last_look(y, task, best.average)
         for stage in fit.descend(y, task, fit.tail_rungs(task), answer):
             answer = stage.average
             yield replace(stage, step=steps + stage.step, **found)
         steps += fit.step
-        longer = [*blind, best.average]
+        longer = [*blind, fit.mixed(best.average)]
         # After pairs of pixels a network sees all, and no theorem protects it: it must not raise R.
         if number > 0 and paired and judge and judge(mean_image(longer)) > judge(mean_image(blind)):
             continue
-        answers.append(task.keep_known(answer, y))
+        answers.append(task.keep_known(fit.mixed(answer), y))
         blind = longer
-    answer = mean_image(answers)
     unseen = mean_image(blind)
-    if own.method == "primed" and not brief:
-        # The DIPs saw `start`, the DDPM's answer. With adapt this is one of the answers, too.
-        dips = answers if o.method == "primed" else answers[1:]
-        answer = with_first(start, dips)
-    if o.method in ("staged", "adapt") and task.sigma == 0:
-        answer, unseen = fit.mixed(y, task, answer, unseen, guess, judge)
+    answer = mean_image(answers)
+    if own.method == "primed" and not brief:        # the last network's: a DIP that saw the DDPM's
+        if o.method == "primed":
+            answers = [start, *answers]             # With adapt that is one of the answers.
+        answer = with_first(answers)
+    if o.method == "staged" and paired:
+        share = best_share(judge, guess, unseen)
+        answer = task.interpolate(y).lerp(answer, share)
+        unseen = guess.lerp(unseen, share)
     if judge:
         found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
@@ -1369,12 +1386,13 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # has no R, the DIP's error is taken to be START_ERROR). A DDPM that was trained on DIPs is told the
 # DIP there, too: it has learned how far to trust one.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is; where pixels are missing, a primed DIP follows.
-# To run it: `dipddpm.py sample --init dip`.
+# photo, as a DIP is. If y has no noise and the photo is small, a DIP follows, which is primed where
+# pixels are missing.
+# To run lesson 3: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
-    """The DIP in the training: brief DIPs of squares of training images, of which 50 to 95 % of the
-    pixels are missing, or only the means of blocks are known; or of the one task of the training.
+    """The DIP in the training: brief DIPs of squares of training images. 50 to 95 % of the pixels
+    are missing, or only means of blocks are known; or each square has the training's one task.
 
     Yields x_0 and, in further channels, what the DDPM is told: (2C + 1) x side x side. The side is
     twice that of a patch, if all images are as large. images: uint8 C x H x W.
@@ -1716,9 +1734,10 @@ def dot_plot(title: str, xlabel: str, rows: list) -> Image.Image:
     1,000 pixels; (label,) alone is a heading."""
     numbers = [number for row in rows for number in row[1:]]
     span, ticks, labels = axis_ticks(on_axis([0, *numbers], False), False)
-    left, right, top, bottom = 900, 1940, 110, 150 + 44 * len(rows)
+    right, top, bottom = 1940, 110, 150 + 44 * len(rows)
     page = Image.new("RGB", (2000, bottom + 110), "white")                  # drawn twice as large
     draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(26), ImageFont.load_default(21)
+    left = 70 + max(small.getlength(label) for label, *places in rows if places)
     draw.text((30, 24), title, "black", ImageFont.load_default(30))
     for x, label in zip(np.interp(ticks, span, (left, right)), labels):
         color = "dimgrey" if label == "0" else "#d8d8d8"
@@ -2112,7 +2131,7 @@ def cmd_sample(args):
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
-            mean = with_first(alone, [start, mean])         # their errors differ
+            mean = with_first([alone, start, mean])         # their errors differ
     except KeyboardInterrupt:
         samples = mean = start          # what there is so far
         panels = panels or [("start", start)]
@@ -2641,16 +2660,18 @@ def refuse_idle_flags(args):
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
-        (told, ["input", "target", "fresh", "stop", "tail"], "with adapt where y has no noise"),
+        (told, ["input", "target", "stop", "tail"], "with adapt where y has no noise"),
+        (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
         (primed, ["input", "target", "stop", "tail"], "with primed (say --method staged)"),
         (primed, ["no_guide"], "with --method primed"),
-        (told and scale > 1, ["high", "low"], "with superres: nothing is hidden"),
+        (told and scale > 1, ["high", "low"], "with adapt and superres: its DIP has its own"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),
         (args.stop in ("wmv", "emv"), ["rungs"], "with a rule that looks at every step"),
         (o.stop != "holdout", ["hold", "tail"], "without --stop holdout"),
-        (o.method == "adapt", ["width", "depth"], "with --method adapt"),
+        (o.method == "adapt" and (args.nets == 1 or not told), ["width", "depth"],
+         "with adapt where no DIP follows"),
         (o.method != "guide", ["weight"], "without --method guide"),
         (prior_path(args) is None, ["ckpt"], "without --method adapt, primed or guide"),
         (args.init in ("noise", "observed"), [*given(args), "no_guide"], "without --init dip"),

@@ -1126,6 +1126,25 @@ def test_a_told_prior_is_followed_by_dips_that_see_its_answer(nets):
         total = total + torch.where(HOLES.known(y) > 0, y, seen[-1].average)
     torch.testing.assert_close(last.answer, total / (nets - 0.5))
 
+@pytest.mark.parametrize("nets", [2, 3])
+def test_where_blocks_are_known_a_told_prior_is_followed_by_dips_of_lesson_2(nets):
+    """They begin at its answer, see their own estimate and falling noise, and count half against it."""
+    task = D.Task("superres:2", scale=2)
+    y = task.forward(smooth_image(16))
+    *_, alone = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=1)
+    *stages, last = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=nets)
+    total = alone.answer
+    for number in range(1, nets):
+        seen = [stage for stage in stages if stage.number == number]
+        levels = [stage.level for stage in seen]
+        assert (len(seen), seen[0].step, seen[-1].step) == (20, 40 * number - 28, 40 * number + 10)
+        assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.6, 0.08])
+        for before, stage in zip([alone.answer] + [stage.average for stage in seen], seen):
+            noise = stage.input - before
+            assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
+        total = total + (alone.answer + seen[-1].average) / 2
+    torch.testing.assert_close(last.answer, total / nets)
+
 @pytest.mark.parametrize("brief", [False, True])
 def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
     """Its input is the prior's answer and falling noise; fit-dip's answer is a third of it and two thirds
@@ -1142,6 +1161,10 @@ def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
         assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
     dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
     torch.testing.assert_close(last.answer, dip if brief else (told + 2 * dip) / 3)
+    *stages, last = D.fit_dip(y, HOLES, prior, method="primed", iters=20, nets=2, brief=brief)
+    two = [[stage for stage in stages if stage.number == number][-1].average for number in (0, 1)]
+    dips = [torch.where(HOLES.known(y) > 0, y, dip) for dip in two]
+    torch.testing.assert_close(last.answer, sum(dips) / 2 if brief else (told + 2 * sum(dips)) / 5)
 
 @pytest.mark.parametrize("input", ["observed", "estimate"])
 def test_a_stage_has_the_level_of_the_noise_in_its_input(input):
@@ -1487,8 +1510,8 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.in_turn, D.told_answer, D.with_first, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
-    D.Fit.told_pair, D.Fit.look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
+    D.is_told, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.Fit.told_pair, D.Fit.look, D.Fit.last_look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
 def test_fit_and_stop_have_no_clean_image_parameter(function):
@@ -2531,7 +2554,7 @@ def test_evaluate_draws_what_it_measured(tmp_path):
 
 def test_a_dot_stands_at_its_mean_and_its_line_ends_at_the_interval():
     page = np.asarray(D.dot_plot("title", "dB", [("heading",), ("zero", 0, 0, 0), ("one", 1, 0.5, 2)]), int)
-    blue = (page[..., 2] > page[..., 0] + 60) & (np.arange(page.shape[1]) > 440)
+    blue = (page[..., 2] > page[..., 0] + 60) & (np.arange(page.shape[1]) > 60)
     rows = np.flatnonzero(blue.any(axis=1))
     first, second = [np.flatnonzero(blue[rows[part]].any(axis=0)) for part in (slice(0, 8), slice(-8, None))]
     zero, two, half = first.mean(), second.max(), second.min()
@@ -2631,6 +2654,8 @@ fit-dip P --ckpt {p}/dip.pt -> --ckpt
 fit-dip P --method adapt --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --target plain -> --target
 fit-dip P --method adapt --task superres:4 --high 2 -> --high
+fit-dip P --method adapt --task superres:4 --nets 1 --fresh 0 -> --fresh
+fit-dip P --method adapt --task inpaint:0.5 --nets 1 --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --tail 0.2 -> --tail
 fit-dip P --method adapt --task inpaint:0.5 --stop holdout -> --stop
 fit-dip P --method primed --task denoise:25 -> --method
@@ -2907,18 +2932,20 @@ def test_random_flags(tmp_path, priors, photo, data, default_prior):
 @fuzz
 def test_every_setting_that_is_taken_changes_the_result():
     """A setting with another value than its default, in every method: another path, or a refusal."""
-    change = dict(input="estimate", target="noisy", iters=5, nets=2, optimiser="adam", lr=0.03, width=5, depth=1,
+    change = dict(input="estimate", target="noisy", iters=5, nets=3, optimiser="adam", lr=0.03, width=5, depth=1,
                   high=2.0, low=0.2, rungs=2, fresh=0, turns=0, loss="gradient", weight=3.0, hold=0.5, tail=0.5)
     words = {"denoise:25": NOISY, "inpaint:0.5": HOLES, "superres:2": D.Task("sr", scale=2)}
     idle, brief = [], dict(iters=8, rungs=4, width=4, depth=2)
     for method, (task_flag, task) in itertools.product(D.METHODS, words.items()):
         y = task.forward(with_noise(smooth_image(12), task.sigma))
-        settings = brief | dict(method=method, nets=1)
+        nets = 2 if method == "adapt" and task.sigma == 0 else 1        # with the DIP that follows
+        settings = brief | dict(method=method, nets=nets)
         plain = list(D.fit_dip(y, task, Shrink(), **settings))
         default = D.complete(D.Settings(**settings), task, y)
         for name, value in change.items():
             try:
-                D.parse(["fit-dip", "--method", method, "--task", task_flag, f"--{name}", str(value)])
+                flags = ["--nets", str(nets), f"--{name}", str(value)]
+                D.parse(["fit-dip", "--method", method, "--task", task_flag, *flags])
             except SystemExit:
                 continue
             other = list(D.fit_dip(y, task, Shrink(), **settings | {name: value}))
