@@ -1356,9 +1356,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     unseen = mean_image(blind)
     answer = mean_image(answers)
-    if own.method == "primed" and not brief:        # the last network's: a DIP that saw the DDPM's
+    if own.method == "primed" and not brief:
+        # The DDPM's answer, which the DIPs saw, comes first. With adapt it is among the answers.
         if o.method == "primed":
-            answers = [start, *answers]             # With adapt that is one of the answers.
+            answers = [start, *answers]
         answer = with_first(answers)
     if o.method == "staged" and paired:
         share = best_share(judge, guess, unseen)
@@ -2664,7 +2665,7 @@ def refuse_idle_flags(args):
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
         (primed, ["input", "target", "stop", "tail"], "with primed (say --method staged)"),
         (primed, ["no_guide"], "with --method primed"),
-        (told and scale > 1, ["high", "low"], "with adapt and superres: its DIP has its own"),
+        (told and scale > 1, ["high", "low"], "with adapt and superres: its ladder is fixed"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),
