@@ -1103,7 +1103,8 @@ class MovingVariance:
         self.mean = self.mean + self.alpha * (output - self.mean)
         wmv = math.inf
         if len(self.outputs) == self.outputs.maxlen:
-            wmv = torch.cat(list(self.outputs)).var(dim=0, correction=0).mean().item()
+            outputs = torch.cat(list(self.outputs))
+            wmv = ((outputs - outputs.mean(dim=0)) ** 2).mean().item()
         return {"wmv": wmv, "emv": self.emv}
 
 def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
@@ -1279,7 +1280,7 @@ class Fit:
             best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
             if best_rung == len(scores) - 1:
                 best = stage
-                weights = copy.deepcopy(self.judged.state_dict())
+                weights = {name: v.clone() for name, v in self.judged.state_dict().items()}
             yield stage, best
             if ended:
                 break
