@@ -849,29 +849,32 @@ def setting(default, help: str, allowed):
 @dataclass
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
-    method: str = setting("staged", "what the network sees and aims at; sample, inpaint: primed",
-                          list(METHODS))
+    method: str = setting("staged", "staged: pairs, falling noise; dip: the classic one; targets, "
+                          "selfdiff: rivals; adapt, primed, guide: with a DDPM; sample, inpaint: "
+                          "primed", list(METHODS))
     stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network; a DIP after adapt: 4 times, up to 160",
-                         (2, 10 ** 7))
-    nets: int = setting(None, "networks, fitted in turn; their answers are averaged", (1, 99))
-    optimiser: str = setting(None, "of the hourglass", ["muon", "adam"])
-    lr: float = setting(None, "learning rate", (1e-9, 10))
+    iters: int = setting(None, "steps of each network (noise 250, holes 200, superres 160); a DIP "
+                         "after adapt: 4 times, up to 160", (2, 10 ** 7))
+    nets: int = setting(None, "networks, fitted in turn, then averaged (2; above 192 x 192 pixels, "
+                        "or in sample, 1)", (1, 99))
+    optimiser: str = setting(None, "of the hourglass (staged, primed: muon)", ["muon", "adam"])
+    lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
     width: int = setting(32, "channels of the hourglass", (1, 1024))
     depth: int = setting(4, "levels of the hourglass", (1, 8))
-    high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2", (1e-3, 100))
-    low: float = setting(None, "noise of the last rung, in the same units", (1e-3, 100))
-    rungs: int = setting(None, "stages of each network", (1, 10 ** 7))
+    high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2 (denoise: 2)",
+                          (1e-3, 100))
+    low: float = setting(None, "noise of the last rung, in the same units (0.4)", (1e-3, 100))
+    rungs: int = setting(None, "stages of each network (30)", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
     turns: int = setting(1, "1: turn and mirror the conjugate pair; 0: do not", (0, 1))
     loss: str = setting(None, "gradient: edges count (squares; superres, staged or adapt: this)",
                         ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
-    tail: float = setting(None, "share of the rungs that see all of y, at last", (0, 0.9))
+    tail: float = setting(None, "share of the rungs that see all of y, at last (1/4)", (0, 0.9))
 
 def is_told(o: Settings, noisy: bool) -> bool:
     """Whether the network that is fitted is told y: it is a DDPM, and y has no noise."""
@@ -2523,7 +2526,8 @@ def cmd_evaluate(args):
         held = find_photos(args.held, "--held")
         if min(len(held), len(photos)) < 2:
             fail("--held: a set has two pictures or more, and so has --images")
-    say(f"evaluate: {len(arms)} arms x {len(photos)} photos x {args.seeds} seeds -> {args.out}")
+    say(f"evaluate: {len(arms)} arms x {len(photos)} photos (crops of {size} x {size}) x "
+        f"{args.seeds} seeds -> {args.out}")
     rows, results, bad = [], {}, []
     for k, photo, arm in itertools.product(range(args.seeds), photos, arms):
         name = os.path.relpath(photo, args.images)
@@ -2582,7 +2586,7 @@ def add_settings(parser):
             parser.add_argument(f"--{f.name}", type=partial(in_range, f.type, *allowed), help=text)
 
 def make_parser() -> argparse.ArgumentParser:
-    """The four commands and their flags. In the help, brackets hold what is taken by default."""
+    """The four commands and their flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     fit = commands.add_parser("fit-dip", help="fit a DIP to a photo; it stops by itself")
@@ -2601,7 +2605,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--noise", choices=["auto", "white"], help="auto: as found; white: assumed (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
         add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
-        add_settings(command)
+        add_settings(command.add_argument_group("how the DIP is fitted"))
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
     add("--start", type=start_time, help="t0, 1..1000; auto: by R; if told y, at noise 2 (auto)")
@@ -2635,7 +2639,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one photo of 32 x 32, 6 steps: does it run?")
     for name, command in commands.choices.items():
         add = command.add_argument
-        add("--seed", type=partial(in_range, int, 0, 10 ** 9), default=0, help="(0)")
+        command.epilog = "Brackets hold what is taken by default."
+        add("--seed", type=partial(in_range, int, 0, 10 ** 9), default=0, help="of all chance (0)")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto)")
         add("--bf16", action="store_true", help="bfloat16: faster where the machine has it")
         add("--out", default=f"runs/{name}", help=f"a folder (runs/{name})")
