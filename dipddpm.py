@@ -564,11 +564,11 @@ def random_holes(side: int, hole: int, gen: torch.Generator) -> Task:
 
 def random_task(name: str, side: int, gen: torch.Generator) -> Task:
     """'superres:4', or 'inpaint:0.8' with another mask each time, for squares of a given side."""
-    kind, number = parse_task(name)
+    kind, _, number = name.partition(":")
     if kind == "superres":
-        return Task(name, scale=int(number))
+        return Task(name, scale=int(float(number)))
     lots = torch.rand((1, 1, side, side), generator=gen)
-    return Task(name, mask=(lots >= number).float())
+    return Task(name, mask=(lots >= float(number)).float())
 
 def random_clues(x0: Tensor, gen: torch.Generator, name: str | None = None) -> Tensor:
     """What observations of images, N x C x H x W, would tell of them: N x (C + 1) x H x W. Of half
