@@ -269,8 +269,8 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # A hides pixels of the clean image x, or averages them; there may be noise, too. An observation can
 # be split in two parts: one is fitted, and the other judges the fit. What the judge says, R, is all
-# that is known of the error of a fit. The rest of the section, from the class `Noise` on, finds the
-# noise of a photo. No lesson needs that: at a first reading go on with section 4.
+# that is known of the error of a fit. From `find_noise` on the section finds the noise of a photo.
+# No lesson needs that: at a first reading go on with section 4.
 
 @dataclass
 class Task:
@@ -284,6 +284,12 @@ class Task:
     scale: int = 1                  # s, the side of the blocks that are averaged
     mask: Tensor = torch.tensor(1.0)    # 1 known, 0 missing: 1 x 1 x h x w, or 1.0 for all
     noise: "Noise | None" = None    # as a photo has it; None: white noise of level sigma
+
+    def kind(self) -> str:
+        """What y has: noise, or else holes, or means of blocks."""
+        if self.sigma > 0:
+            return "noise"
+        return "blocks" if self.scale > 1 else "holes"
 
     def noise_of_y(self) -> "Noise":
         """The noise as it was found in the photo, or else white noise of level sigma."""
@@ -302,9 +308,8 @@ class Task:
         of each pixel that y knows, the diagonal of A^+ A. N x (channels + 1) x H x W."""
         if guess is None:
             guess = self.interpolate(y)
-        guess = guess.expand(-1, channels, -1, -1)
-        share = self.known(y) / self.scale ** 2
-        return torch.cat([guess, F.interpolate(share, scale_factor=float(self.scale))], dim=1)
+        share = self.pinv(self.known(y)) / self.scale ** 2
+        return torch.cat([guess.expand(-1, channels, -1, -1), share], dim=1)
 
     def project(self, x: Tensor, y: Tensor, gain: float = 1.0) -> Tensor:
         """Data consistency, x - gain A^+ (A x - y) (DDNM, Wang et al. 2023, eq. 13; a gain below 1,
@@ -495,7 +500,8 @@ def cut_squares(y: Tensor, side: int) -> Tensor:
     return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 def flat_level(energy: Tensor) -> tuple[float, Tensor]:
-    """The root mean square of the flattest twentieth of some squares, and which they are."""
+    """The root mean square of the flattest twentieth of some squares, 8 at least, and which these
+    are."""
     flattest = energy.argsort()[:max(8, len(energy) // 20)]
     return energy[flattest].mean().sqrt().item(), flattest
 
@@ -539,121 +545,12 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
 # With `--task` it learns a single task, and that one better, since it sees nothing else.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
-class Prior(nn.Module):
-    """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
-
-    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
-    x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
-    images of which nothing (k = 0) or something (k = 1) is told, per value that is not known.
-    """
-    def __init__(self, state: dict):
-        super().__init__()
-        config = state["config"]
-        self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
-        self.model.load_state_dict(state["ema"])
-        self.channels = self.model.channels
-        self.knows_dips = config["dips"] > 0
-        self.t_max = config["t_max"]
-        self.task = config.get("task")      # the only one that it has learned; None: any
-        self.schedule = self.model.schedule
-        # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
-        seen = (~state["eps_loss"].isnan()).float()
-        total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
-        share = F.avg_pool1d(seen, 31, stride=1, padding=15)
-        loss = torch.where(share > 0, total / share, 1.0)
-        self.r2 = self.schedule.sigma ** 2 * loss
-
-    def forward(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. Or z
-        is a clue (Task.clue), and its guess is drowned in noise of this level here."""
-        t = min(self.schedule.start_t(sigma ** 2), self.t_max)
-        ts = torch.full((len(z),), t, device=z.device)
-        told = z.shape[1] in (2, 4)         # a clue has a channel more than a picture
-        image = z
-        if told:
-            image, share = z[:, :-1], z[:, -1:]
-        noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
-        clue = []
-        if told:
-            clue = [noisy, share]
-            noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
-        xt = self.schedule.abar[t].sqrt().item() * noisy
-        eps = self.model(torch.cat([xt, *clue], dim=1), ts)
-        x0 = predict_x0(self.schedule, xt, ts, eps)
-        return like_channels(x0, image)
-
-def like_channels(x: Tensor, given: Tensor) -> Tensor:
-    """x, or, if `given` is grey, the mean of its channels: a grey question has a grey answer."""
-    return x.mean(dim=1, keepdim=True) if given.shape[1] == 1 else x
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for filters that are seen as matrices of c_out x rest (Jordan et
-    al. 2024).
-
-    torch.optim.Muon multiplies in bfloat16: processors without such products, which are many, would
-    take ten times as long for a step of training. Filters of one shape are one batch of products.
-    """
-    def __init__(self, filters: list, lr: float, momentum: float = 0.9):
-        super().__init__(filters, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        """Move each filter against its momentum, looking ahead as Nesterov does."""
-        group = self.param_groups[0]
-        by_shape = {}
-        for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 1 - group["momentum"])
-            ahead = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-            by_shape.setdefault(ahead.shape, []).append((p, ahead))
-        for (rows, columns), pairs in by_shape.items():
-            rate = group["lr"] * max(1, rows / columns) ** 0.5
-            with torch.autocast(pairs[0][0].device.type, enabled=False):    # not in bfloat16
-                directions = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
-            for (p, _), direction in zip(pairs, directions):
-                p.sub_(rate * direction.view(p.shape))
-
-def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
-    """K matrices U S V^T to about U V^T, by Newton-Schulz steps X <- (a + b G + c G^2) X where
-    G = X X^T.
-
-    All factors of X are polynomials of the first G, so only small squares are multiplied until the
-    end. Three steps in place of five are as good.
-    """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalise(matrices.mT, steps).mT
-    unit = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram = unit @ unit.mT
-    one = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
-    product = one
-    for _ in range(steps):
-        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ unit
-
-def make_optimisers(net: nn.Module, muon_lr: float | None, adam_lr: float) -> list:
-    """Muon for the filters, Adam for all else; without muon_lr, Adam for all."""
-    if muon_lr is None:
-        return [torch.optim.Adam(net.parameters(), lr=adam_lr)]
-    filters = [p for p in net.parameters() if p.ndim == 4]
-    others = [p for p in net.parameters() if p.ndim != 4]
-    return [Muon(filters, muon_lr), torch.optim.Adam(others, lr=adam_lr)]
-
-def step_all(optimisers: list, factor: float):
-    """A step at a share of the learning rates."""
-    for optimiser in optimisers:
-        optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
-        optimiser.step()
-
 def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
     """The index of a random square of an image; of all of it, where it is smaller."""
     height, width = image.shape[-2:]
     top = int(torch.randint(max(1, height - side + 1), (), generator=gen))
     left = int(torch.randint(max(1, width - side + 1), (), generator=gen))
-    rows = slice(top, top + side)
-    columns = slice(left, left + side)
-    return Ellipsis, rows, columns
+    return Ellipsis, slice(top, top + side), slice(left, left + side)
 
 def random_patches(images: list, count: int, side: int, gen: torch.Generator) -> Tensor:
     """Random squares of some C x H x W images: count x C x side x side."""
@@ -805,6 +702,111 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
             xt = xt + v * noise_like(xt, gens)
     return x0
 
+class Prior(nn.Module):
+    """A trained DDPM as a denoiser, from a checkpoint: a plain dict, see `checkpoint`.
+
+    r2[k, t] = sigma_t^2 L_t is the mean squared error of its x_0, since
+    x0_pred - x0 = -sigma_t (eps_pred - eps). L_t is the training loss at t, smoothed over 31 t, of
+    images of which nothing (k = 0) or something (k = 1) is told, per value that is not known.
+    """
+    def __init__(self, state: dict):
+        super().__init__()
+        config = state["config"]
+        self.model = UNet(config["channels"], config["width"], schedule=config["schedule"])
+        self.model.load_state_dict(state["ema"])
+        self.channels = self.model.channels
+        self.knows_dips = config["dips"] > 0
+        self.t_max = config["t_max"]
+        self.task = config.get("task")      # the only one that it has learned; None: any
+        self.schedule = self.model.schedule
+        # Far from any trained t the loss is taken to be 1, that of a guess without any knowledge.
+        seen = (~state["eps_loss"].isnan()).float()
+        total = F.avg_pool1d(state["eps_loss"].nan_to_num(0.0), 31, stride=1, padding=15)
+        share = F.avg_pool1d(seen, 31, stride=1, padding=15)
+        loss = torch.where(share > 0, total / share, 1.0)
+        self.r2 = self.schedule.sigma ** 2 * loss
+
+    def forward(self, z: Tensor, sigma: float) -> Tensor:
+        """Denoise z = x + sigma n in one call: z is x_t / sqrt(abar_t) at the t of this sigma. Or z
+        is a clue (Task.clue), and its guess is drowned in noise of this level here."""
+        t = min(self.schedule.start_t(sigma ** 2), self.t_max)
+        ts = torch.full((len(z),), t, device=z.device)
+        told = z.shape[1] in (2, 4)         # a clue has a channel more than a picture
+        image = z[:, :-1] if told else z
+        noisy = image.expand(-1, self.channels, -1, -1)     # grey is three equal channels
+        clue = []
+        if told:
+            clue = [noisy, z[:, -1:]]
+            noisy = noisy + self.schedule.sigma[t].item() * torch.randn_like(noisy)
+        xt = self.schedule.abar[t].sqrt().item() * noisy
+        eps = self.model(torch.cat([xt, *clue], dim=1), ts)
+        x0 = predict_x0(self.schedule, xt, ts, eps)
+        return like_channels(x0, image)
+
+def like_channels(x: Tensor, given: Tensor) -> Tensor:
+    """x, or, if `given` is grey, the mean of its channels: a grey question has a grey answer."""
+    return x.mean(dim=1, keepdim=True) if given.shape[1] == 1 else x
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for filters that are seen as matrices of c_out x rest (Jordan et
+    al. 2024).
+
+    torch.optim.Muon multiplies in bfloat16: processors without such products, which are many, would
+    take ten times as long for a step of training. Filters of one shape are one batch of products.
+    """
+    def __init__(self, filters: list, lr: float, momentum: float = 0.9):
+        super().__init__(filters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        """Move each filter against its momentum, looking ahead as Nesterov does."""
+        group = self.param_groups[0]
+        by_shape = {}
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            ahead = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+            by_shape.setdefault(ahead.shape, []).append((p, ahead))
+        for (rows, columns), pairs in by_shape.items():
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            with torch.autocast(pairs[0][0].device.type, enabled=False):    # not in bfloat16
+                directions = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+            for (p, _), direction in zip(pairs, directions):
+                p.sub_(rate * direction.view(p.shape))
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """K matrices U S V^T to about U V^T, by Newton-Schulz steps X <- (a + b G + c G^2) X where
+    G = X X^T.
+
+    All factors of X are polynomials of the first G, so only small squares are multiplied until the
+    end. Three steps in place of five are as good.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalise(matrices.mT).mT
+    unit = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = unit @ unit.mT
+    one = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    product = one
+    for _ in range(3):
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ unit
+
+def make_optimisers(net: nn.Module, muon_lr: float | None, adam_lr: float) -> list:
+    """Muon for the filters, Adam for all else; without muon_lr, Adam for all."""
+    if muon_lr is None:
+        return [torch.optim.Adam(net.parameters(), lr=adam_lr)]
+    filters = [p for p in net.parameters() if p.ndim == 4]
+    others = [p for p in net.parameters() if p.ndim != 4]
+    return [Muon(filters, muon_lr), torch.optim.Adam(others, lr=adam_lr)]
+
+def step_all(optimisers: list, factor: float):
+    """A step at a share of the learning rates."""
+    for optimiser in optimisers:
+        optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
+        optimiser.step()
+
 # ---- 5. The staged fit: a DIP with DDPM-like supervision ----------------------------------------
 # Lesson 2. Each step draws noise w and makes two images of the noisy photo: z1 = y + a w for the
 # network to see, z2 = y - w / a to compare with. Given x their errors are independent (Lemma 2), so
@@ -815,9 +817,6 @@ def ddim_sample(model, schedule: NoiseSchedule, xt: Tensor, t: int, steps: int, 
 # What remains of overfitting, R sees. Where only means of blocks are known there is no pair, and by
 # default no R: the network sees its own estimate and falling noise, for a fixed number of steps.
 # To run it: `dipddpm.py fit-dip`.
-#
-# Method `primed` is the classic DIP but for its input: it sees what a trained DDPM made of y, and
-# falling noise. Without noise it would copy its input, which is y already where y is known.
 #
 # A camera's noise is not white, but w is. At frequencies where w is stronger than all of y, the
 # best linear network would flip the picture's sign: its gain is (S - W^2) / (S + a^2 W^2), where S
@@ -830,7 +829,8 @@ METHODS = {     # what the network sees, and what its output is compared with
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
     "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
-    "primed": ("first", "plain"),           # what a trained DDPM made of y, and falling noise
+    "primed": ("first", "plain"),           # what a trained DDPM made of y, in falling noise: else
+                                            # it would copy that, which is y where y is known
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
 }
 WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DDPM
@@ -856,47 +856,48 @@ class Settings:
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
-    iters: int = setting(None, "steps of each network (noise 250, holes 200, superres 160); a DIP "
-                         "after adapt: 4 times, up to 160", (2, 10 ** 7))
-    nets: int = setting(None, "networks, fitted in turn, then averaged (2; above 192 x 192 pixels, "
-                        "or in sample, 1)", (1, 99))
-    optimiser: str = setting(None, "of the hourglass (staged, primed: muon)", ["muon", "adam"])
+    iters: int = setting(None, "steps of each network (staged: noise 250, holes 200, superres "
+                         "160); a DIP after adapt: 4 times, up to 160", (2, 10 ** 7))
+    nets: int = setting(None, "networks, fitted in turn, then averaged (staged, and adapt without "
+                        "noise: 2; in sample, and above 192 x 192 pixels: 1)", (1, 99))
+    optimiser: str = setting(None, "of the network (staged, primed: muon)", ["muon", "adam"])
     lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
     width: int = setting(32, "channels of the hourglass", (1, 1024))
-    depth: int = setting(4, "levels of the hourglass", (1, 8))
+    depth: int = setting(4, "levels of the hourglass", (1, 5))
     high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2 (denoise: 2)",
                           (1e-3, 100))
     low: float = setting(None, "noise of the last rung, in the same units (0.4)", (1e-3, 100))
     rungs: int = setting(None, "stages of each network (30)", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
     turns: int = setting(1, "1: turn and mirror the conjugate pair; 0: do not", (0, 1))
-    loss: str = setting(None, "gradient: edges count (squares; superres, staged or adapt: this)",
-                        ["squares", "gradient"])
+    loss: str = setting(None, "gradient: edges count (squares; staged or adapt, superres: "
+                        "gradient)", ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
-    tail: float = setting(None, "share of the rungs that see all of y, at last (1/4)", (0, 0.9))
+    tail: float = setting(None, "share of the rungs that see all of y, at last (1/4; without R: 0)",
+                          (0, 0.9))
 
-def is_told(o: Settings, noisy: bool) -> bool:
+def is_told(o: Settings, kind: str) -> bool:
     """Whether the network that is fitted is told y: it is a DDPM, and y has no noise."""
-    return o.method == "adapt" and not noisy
+    return o.method == "adapt" and kind != "noise"
 
 def splits(o: Settings, task: Task) -> bool:
     """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
-    return o.target == "conjugate" and task.sigma == 0 and task.scale == 1
+    return o.target == "conjugate" and task.kind() == "holes"
 
-def with_roles(o: Settings, scale: int, noisy: bool) -> Settings:
+def with_roles(o: Settings, kind: str) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
-    For superres (scale > 1) y has no pair, and no blocks are held out: R would not see what is
-    finer than blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB
-    lost; CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
+    For superres y has no pair, and no blocks are held out: R would not see what is finer than
+    blocks, and those that a fit has not seen stay visible in its answer (0.1 to 0.5 dB lost;
+    CBSD68). A DDPM that is told y gains from every pixel, and hardly overfits: there nothing
     is held out either (0.1 dB; BSDS), nor from a DIP that sees its answer.
     """
     source, aim = METHODS[o.method]
-    if is_told(o, noisy) or o.method == "primed":
+    if is_told(o, kind) or o.method == "primed":
         return replace(o, input="first", target=aim, stop="fixed")
     stop = "holdout"
-    if scale > 1:
+    if kind == "blocks":
         stop = "fixed"
         if aim == "conjugate":
             source, aim = "estimate", "plain"
@@ -920,13 +921,8 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
 
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
-    noisy = task.sigma > 0
-    o = with_roles(o, task.scale, noisy)
-    kind = "holes"
-    if noisy:
-        kind = "noise"
-    elif task.scale > 1:
-        kind = "blocks"
+    kind = task.kind()
+    o = with_roles(o, kind)
     values = DEFAULTS | BY_TASK.get((o.method, kind), {})
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
@@ -934,7 +930,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         values["iters"] = values["iters"] * 5 // 8
     if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
         values["nets"] = 1
-    if in_windows(o, y, task) and not is_told(o, noisy):
+    if in_windows(o, y, task) and not is_told(o, kind):
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
         values["tail"] = 0.0            # it needs a judge and a pair: else it would learn the noise
@@ -948,7 +944,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
 def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
-    if is_told(o, task.sigma > 0):
+    if is_told(o, task.kind()):
         # The DDPM is followed by a DIP. Where pixels are missing it is primed with the DDPM's
         # answer, drowned in less noise than by default, since a fitted DDPM knows more. For
         # superres it is that of `staged`, but begins at the DDPM's answer, and is mixed with it.
@@ -980,14 +976,13 @@ def ladder(o: Settings) -> list[tuple[float, int]]:
     return list(zip(levels.tolist(), np.diff(ends).tolist()))
 
 def turned(x: Tensor, g: int) -> Tensor:
-    """One of the 8 symmetries of the square, g in 0..7; g > 3 undoes itself."""
+    """One of the 8 symmetries of the square, g in 0..7."""
     x = torch.rot90(x, g, (2, 3))
     return x.flip(3) if g > 3 else x
 
 def turned_back(x: Tensor, g: int) -> Tensor:
     """The inverse of turned(., g)."""
-    if g > 3:
-        return turned(x, g)
+    x = x.flip(3) if g > 3 else x
     return torch.rot90(x, -g, (2, 3))
 
 def noisy_input(o: Settings, base: Tensor, a: float, w: Tensor, sigma: float) -> tuple:
@@ -1086,8 +1081,7 @@ def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
 
 def told_answer(prior, y: Tensor, task: Task, turns: int) -> Tensor:
     """What a DDPM that is told y makes of it: an estimate of x that keeps what y knows."""
-    clue = task.clue(y, y.shape[1])
-    answer = mean_of_turns(prior, clue, TOLD_START, turns)
+    answer = mean_of_turns(prior, task.clue(y, y.shape[1]), TOLD_START, turns)
     return task.keep_known(answer, y)
 
 class MovingVariance:
@@ -1130,7 +1124,7 @@ class Fit:
         self.tick = tick
         self.step = 0
         self.z = None                   # the fixed input, if there is one
-        self.w = None                   # the noise of the newest step
+        self.w = None                   # the noise of the newest step; without fresh, of the rung
         self.first = None               # the estimate of x from before the fit
         self.rise = 0.0                 # of the score, from the best stage to the newest
         self.rungs = ladder(o)
@@ -1145,7 +1139,7 @@ class Fit:
         else:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
-        self.told = is_told(o, task.sigma > 0)
+        self.told = is_told(o, task.kind())
         self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
@@ -1160,8 +1154,7 @@ class Fit:
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
-        # A pair may be turned (Theorem 3 of report.md); for superres only `adapt` has one.
-        turning = o.turns and (self.told or o.target == "conjugate" and task.scale == 1)
+        turning = o.turns and o.target == "conjugate"       # a pair may be: Theorem 3 of report.md
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
@@ -1187,9 +1180,9 @@ class Fit:
 
     def source(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
         """What the network sees, before any noise is added to it."""
-        images = {"fixed": self.z, "observed": task.interpolate(y), "estimate": average,
-                  "first": self.first}
-        return images[self.o.input]
+        if self.o.input == "observed":
+            return task.interpolate(y)
+        return {"fixed": self.z, "estimate": average, "first": self.first}[self.o.input]
 
     def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
         """A step's pair, of all the photo or of windows: (z1, its noise level, z2, z2's task)."""
@@ -1271,9 +1264,7 @@ class Fit:
         o = self.o
         variance, scores = MovingVariance(), []
         self.first = start
-        if self.told:                       # what the DDPM makes of y alone
-            self.first = told_answer(self.judged, y, task, turns=8)
-        for stage in self.descend(y, task, self.rungs[:self.watched], self.first):
+        for stage in self.descend(y, task, self.rungs[:self.watched], start):
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
@@ -1312,10 +1303,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     """Fit networks to y (1 x C x h x w, y = A x + sigma n); yields Stages: the last answer counts.
 
     settings: the fields of Settings, of the first network; `in_turn` has those of the others. The
-    answer is the mean of theirs, with three exceptions. A DDPM's answer that primed DIPs saw joins
-    the mean, with half the weight of a DIP (`with_first`), unless brief. Where pixels are missing
-    staged is mixed with the interpolation, if R says so (`best_share`). For superres staged and
-    adapt mix each answer with the one that its network began at (`Fit.mixed`).
+    answer is the mean of theirs, but a network that raises R is left out where it saw all pixels.
+    A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP
+    (`with_first`), unless brief. Where pixels are missing staged is mixed with the interpolation,
+    if R says so (`best_share`). For superres staged and adapt mix each answer with the one that
+    its network began at (`Fit.mixed`). If a photo's own noise was found, detail is put back
+    (`give_back`).
     brief: a DDPM goes on from there. By default there is then one network, and it makes fewer
     steps, unless it is primed.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
@@ -1332,7 +1325,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     guess = start = seen_task.interpolate(seen)
     paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
-    if o.method == "primed":
+    if o.input == "first":              # of primed; of adapt, if it is told y
         start = told_answer(prior, y, task, turns=8)
     steps = 0
     for number, own in enumerate(in_turn(o, task)):
@@ -1382,8 +1375,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # in falling noise, in place of a random z (method "primed" of section 5). Then the DDPM speaks once
 # more: it begins at the DIP's estimate, drowned in noise at a time t0, and is told the DIP as its
 # guess. The three estimates have different errors, which partly cancel in their mean, the answer;
-# the first counts half. Each call of the DDPM gives the mean of all that x may be. (More calls draw
-# one: `--steps 20`.)
+# the first counts half.
 #
 # Elsewhere the DIP is that of lesson 2. Where y is noisy the DDPM is told nothing, and begins where
 # the noise just hides the DIP's error; for superres it is told y, and begins with so much noise
@@ -1502,14 +1494,15 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     spread = (mean_u ** 2 + mean_v ** 2 + c1) * (uu - mean_u ** 2 + vv - mean_v ** 2 + c2)
     return (likeness / spread).mean().item()
 
+def clipped_psnr(xhat: Tensor, x: Tensor | None) -> float | None:
+    """PSNR of an estimate to the clean image; None where that is not known."""
+    return None if x is None else psnr(xhat.clamp(-1, 1), x, 2.0)
+
 def quality(xhat: Tensor, x: Tensor | None) -> tuple:
     """(PSNR, SSIM) of an estimate to the clean image, each None where it cannot be known."""
-    if x is None or xhat.shape[2:] != x.shape[2:]:
-        return None, None
-    xhat = xhat.clamp(-1, 1)
-    if min(x.shape[-2:]) < 11:
-        return psnr(xhat, x, 2.0), None
-    return psnr(xhat, x, 2.0), ssim(xhat, x, 2.0)
+    if x is None or min(x.shape[-2:]) < 11:
+        return clipped_psnr(xhat, x), None
+    return clipped_psnr(xhat, x), ssim(xhat.clamp(-1, 1), x, 2.0)
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Distance of the Gaussians fitted to two sets of features, N x D (Heusel et al. 2017)."""
@@ -1787,7 +1780,7 @@ class Progress:
 
 PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
-START_ERROR = 25 / 127.5        # the error that a start is taken to have where it is not known
+START_ERROR = 25 / 127.5        # the level of a start's error where that is not known
 SAVE_EVERY = 100                # steps of a training
 DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
 CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
@@ -1915,7 +1908,7 @@ def noise_figure(removed: Tensor, noise: Noise) -> Image.Image:
     return figure([("given minus restored", removed / reach, "grey: nothing"),
                    ("the noise found, drawn", drawn / reach, f"level {noise.level * 127.5:.1f}")])
 
-def give_photo_back(args, x, y: Tensor, task: Task) -> bool:
+def nothing_to_remove(args, x, y: Tensor, task: Task) -> bool:
     """Where no noise is found the photo itself is the answer. Returns whether it was so."""
     if task.sigma > 0 or not args.task.startswith("denoise"):
         return False
@@ -1932,7 +1925,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
         metrics["noise"] = describe(task.noise)
         save(f"{args.out}/noise.png", noise_figure(y - answer, task.noise))
     metrics["psnr"], metrics["ssim"] = quality(answer, x)
-    metrics["psnr_observed"], _ = quality(task.interpolate(y), x)
+    metrics["psnr_observed"] = clipped_psnr(task.interpolate(y), x)
     metrics.update(task=args.task, sigma=task.sigma * 127.5, image=args.image, seed=args.seed,
                    command=args.argv, files=fingerprint(args))
     holes_black = torch.where(task.mask > 0, y, -1.0)
@@ -1944,7 +1937,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     else:
         note = "" if task.sigma > 0 else "interpolated: "
         page = [("given", given_image, f"{note}{metrics['psnr_observed']:.2f} dB")]
-        page += [(title, image, f"{quality(image, x)[0]:.2f} dB") for title, image in panels]
+        page += [(title, image, f"{clipped_psnr(image, x):.2f} dB") for title, image in panels]
         page.append(("clean", x, ""))
         text += f": {metrics['psnr_observed']:.2f} dB given, {metrics['psnr']:.2f} dB restored"
     save(f"{args.out}/result.png", to_image(answer))
@@ -2018,7 +2011,7 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
 def cmd_fit_dip(args):
     """fit-dip: a DIP of one photo."""
     x, y, task = observe(args)
-    if give_photo_back(args, x, y, task):
+    if nothing_to_remove(args, x, y, task):
         return
     prior = load_prior(args, y.shape[1]) if prior_path(args) else None
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
@@ -2048,7 +2041,7 @@ def watch_call(bar: Progress, rows: list, x: Tensor | None, x0: Tensor):
     """A row of log.csv after each call of the DDPM's network."""
     bar.step()
     mean = like_channels(x0.mean(dim=0, keepdim=True), x0 if x is None else x)
-    rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=quality(mean, x)[0]))
+    rows.append(dict(call=bar.count, seconds=bar.seconds, psnr=clipped_psnr(mean, x)))
 
 def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, int]:
     """(t0, network calls) of a sampling, as the command line says, or else by default.
@@ -2094,11 +2087,12 @@ def trusts_dips(prior: Prior, task: Task) -> bool:
 def cmd_sample(args):
     """sample: a DDPM run backwards, from noise, from the observation, or from a DIP of it."""
     x, y, task = observe(args)
-    if give_photo_back(args, x, y, task):
+    if nothing_to_remove(args, x, y, task):
         return
     prior = load_prior(args, y.shape[1])
     start = task.interpolate(y)
-    # Noise that is not white is drowned by white noise twice as strong, as where the ladder ends.
+    # Noise that is not white counts as white noise twice as strong. To drown it in such noise, as a
+    # fit does, would lose 1.3 dB here (ten photos of PolyU).
     noise = task.sigma if task.noise_of_y().white else 2 * task.sigma
     risk = (noise or START_ERROR) ** 2
     join, panels = {}, []
@@ -2113,7 +2107,7 @@ def cmd_sample(args):
         start = stage.answer
         noise = 0.0
         panels.append((f"DIP ({args.method})", start))
-        metrics["psnr_dip"], _ = quality(start, x)
+        metrics["psnr_dip"] = clipped_psnr(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
         if told and trusts_dips(prior, task) and not args.no_guide:
@@ -2132,7 +2126,7 @@ def cmd_sample(args):
         if told and args.init == "dip":
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.insert(0, ("DDPM alone", alone))
-            metrics["psnr_ddpm"], _ = quality(alone, x)
+            metrics["psnr_ddpm"] = clipped_psnr(alone, x)
         samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
@@ -2168,8 +2162,8 @@ def sampling_curve(rows: list) -> Image.Image:
 
 def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     """How far samples are from the clean image, as a mean and alone, and from each other."""
-    mean, _ = quality(samples.mean(dim=0, keepdim=True), x)
-    alone = None if x is None else psnr(samples.clamp(-1, 1), x, 2.0)       # of their mean error
+    mean = clipped_psnr(samples.mean(dim=0, keepdim=True), x)
+    alone = clipped_psnr(samples, x)        # of their mean error
     spread = samples.var(dim=0, correction=0).mean().sqrt().item()
     return dict(psnr_mean=mean, psnr_sample=alone, spread=spread * 127.5)
 
@@ -2287,8 +2281,7 @@ def cmd_train(args):
         fail("--width: the embedding of t needs an even one")
     if args.batch < world:
         fail(f"--batch: {world} processes share a batch; give {world} or more")
-    images = load_data(args.data)
-    images = [image for image in images if min(image.shape[1:]) >= args.patch]
+    images = [image for image in load_data(args.data) if min(image.shape[1:]) >= args.patch]
     if not images:
         fail("--patch: no picture is so large; give a smaller side")
     path = f"{args.out}/{args.prior}.pt"
@@ -2500,6 +2493,7 @@ def find_arms(args, photo: str) -> list:
 def compare_sets(args, network, held: list, results: dict):
     """How the results of each arm differ, as a set, from the pictures in --held: sets.csv."""
     found, rows = {}, []
+    results = {arm: paths for arm, paths in results.items() if len(paths) > 1}
     for arm, paths in ({"held": held} | results).items():
         images = [load_image(path, "--held").expand(-1, 3, -1, -1) for path in paths]
         with torch.no_grad():
@@ -2594,7 +2588,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a DDPM on photos or an array")
     evaluate = commands.add_parser("evaluate", help="tables; every row is a command line")
     real, whole = partial(in_range, float, 0), partial(in_range, int, 1)      # up to a maximum
-    fit.set_defaults(init=None, start=None)
+    fit.set_defaults(init=None, start=None, no_clue=False)
     for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
@@ -2651,13 +2645,13 @@ def make_parser() -> argparse.ArgumentParser:
 def refuse_idle_flags(args):
     """A flag that would change nothing is an error, not a silence."""
     name, number = parse_task(args.task)
-    scale = int(number) if name == "superres" else 1
-    o = with_roles(Settings(**given(args)), scale, name == "denoise")
-    told = is_told(o, name == "denoise")
+    kind = dict(denoise="noise", inpaint="holes", superres="blocks")[name]
+    o = with_roles(Settings(**given(args)), kind)
+    told = is_told(o, kind)
     primed = o.method == "primed"
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
-    if primed and (name != "inpaint" or getattr(args, "no_clue", False)):
+    if primed and (name != "inpaint" or args.no_clue):
         fail("--method: primed needs inpaint, and a DDPM that is told y; say --method staged")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
@@ -2666,12 +2660,12 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate" and not told, ["turns"], "without the conjugate target"),
-        (told, ["input", "target", "stop", "tail"], "with adapt where y has no noise"),
+        (o.target != "conjugate", ["turns"], "without the conjugate target"),
+        (told or primed, ["input", "target", "stop", "tail"],
+         f"with {o.method} where y has no noise"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
-        (primed, ["input", "target", "stop", "tail"], "with primed (say --method staged)"),
         (primed, ["no_guide"], "with --method primed"),
-        (told and scale > 1, ["high", "low"], "with adapt and superres: its ladder is fixed"),
+        (told and kind == "blocks", ["high", "low"], "with adapt and superres: no choice"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),
