@@ -2662,7 +2662,7 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate", ["turns"], "without the conjugate target"),
         (told or primed, ["input", "target", "stop", "tail"],
-         f"with {o.method} where y has no noise"),
+         f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
         (primed, ["no_guide"], "with --method primed"),
         (told and kind == "blocks", ["high", "low"], "with adapt and superres: no choice"),
