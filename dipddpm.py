@@ -1154,7 +1154,8 @@ class Fit:
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
-        turning = o.turns and o.target == "conjugate"       # a pair may be: Theorem 3 of report.md
+        # A pair may be turned (Theorem 3 of report.md).
+        turning = o.turns and o.target == "conjugate"
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
@@ -1495,14 +1496,17 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     return (likeness / spread).mean().item()
 
 def clipped_psnr(xhat: Tensor, x: Tensor | None) -> float | None:
-    """PSNR of an estimate to the clean image; None where that is not known."""
-    return None if x is None else psnr(xhat.clamp(-1, 1), x, 2.0)
+    """PSNR of an estimate to the clean image; None where it cannot be known."""
+    if x is None or xhat.shape[2:] != x.shape[2:]:
+        return None
+    return psnr(xhat.clamp(-1, 1), x, 2.0)
 
 def quality(xhat: Tensor, x: Tensor | None) -> tuple:
     """(PSNR, SSIM) of an estimate to the clean image, each None where it cannot be known."""
-    if x is None or min(x.shape[-2:]) < 11:
-        return clipped_psnr(xhat, x), None
-    return clipped_psnr(xhat, x), ssim(xhat.clamp(-1, 1), x, 2.0)
+    value = clipped_psnr(xhat, x)
+    if value is None or min(x.shape[-2:]) < 11:
+        return value, None
+    return value, ssim(xhat.clamp(-1, 1), x, 2.0)
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Distance of the Gaussians fitted to two sets of features, N x D (Heusel et al. 2017)."""
@@ -2665,7 +2669,7 @@ def refuse_idle_flags(args):
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
         (primed, ["no_guide"], "with --method primed"),
-        (told and kind == "blocks", ["high", "low"], "with adapt and superres: no choice"),
+        (told and kind == "blocks", ["high", "low"], "with adapt and superres"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
         (o.input == "fixed" and o.method == "adapt", ["input"], "as fixed: z is no photo"),

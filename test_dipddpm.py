@@ -1707,7 +1707,7 @@ def test_psnr_and_ssim_golden():
 def test_quality_is_none_where_it_cannot_be_known():
     a, b = two_images()
     a, b = a * 2 - 1, b * 2 - 1
-    assert D.quality(a, None) == (None, None)
+    assert D.quality(a, None) == (None, None) == D.quality(a, b[..., :15])
     assert D.quality(a * 3, b) == (D.psnr((a * 3).clamp(-1, 1), b, 2.0), D.ssim((a * 3).clamp(-1, 1), b, 2.0))
     small, value = b[..., :10], D.psnr(a[..., :10], b[..., :10], 2.0)
     assert D.quality(a[..., :10], small) == (value, None)   # too small for the window of SSIM
