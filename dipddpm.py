@@ -815,7 +815,8 @@ def step_all(optimisers: list, factor: float):
 # Where pixels are missing, and there is no noise, the pair is a part of the known pixels and the
 # rest: the network sees one and is compared with the other. At first most are hidden, then few.
 # What remains of overfitting, R sees. Where only means of blocks are known there is no pair, and by
-# default no R: the network sees its own estimate and falling noise, for a fixed number of steps.
+# default no R: the network sees its own estimate and falling noise, for a fixed number of steps,
+# each time shifted by less than a block.
 # To run it: `dipddpm.py fit-dip`.
 #
 # A camera's noise is not white, but w is. At frequencies where w is stronger than all of y, the
@@ -857,9 +858,10 @@ class Settings:
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
     iters: int = setting(None, "steps of each network (staged: noise 250, holes 200, superres "
-                         "160); a DIP after adapt: 4 times, up to 160", (2, 10 ** 7))
-    nets: int = setting(None, "networks, fitted in turn, then averaged (staged, and adapt without "
-                        "noise: 2; in sample, and above 192 x 192 pixels: 1)", (1, 99))
+                         "320); a DIP after adapt: 4 times, up to 160", (2, 10 ** 7))
+    nets: int = setting(None, "networks, fitted in turn, then averaged (2: staged with noise or "
+                        "holes, adapt without noise; but in sample, or above 192 x 192 pixels, 1)",
+                        (1, 99))
     optimiser: str = setting(None, "of the network (staged, primed: muon)", ["muon", "adam"])
     lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
     width: int = setting(32, "channels of the hourglass", (1, 1024))
@@ -869,7 +871,8 @@ class Settings:
     low: float = setting(None, "noise of the last rung, in the same units (0.4)", (1e-3, 100))
     rungs: int = setting(None, "stages of each network (30)", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
-    turns: int = setting(1, "1: turn and mirror the conjugate pair; 0: do not", (0, 1))
+    turns: int = setting(1, "1: turn and mirror the conjugate pair (superres: shift it by less "
+                         "than a block); 0: do not", (0, 1))
     loss: str = setting(None, "gradient: edges count (squares; staged or adapt, superres: "
                         "gradient)", ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
@@ -911,7 +914,7 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
     ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
     ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
     # A brief fit draws edges late, unless they count more (4.8 of report.md).
-    ("staged", "blocks"): dict(iters=160, nets=2, loss="gradient", **MUON),
+    ("staged", "blocks"): dict(iters=320, loss="gradient", **MUON),
     ("adapt", "noise"): dict(iters=100, tail=0.25, lr=1e-4),
     # a of 0.65: three in ten of the known pixels are hidden.
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
@@ -1154,8 +1157,10 @@ class Fit:
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
-        # A pair may be turned (Theorem 3 of report.md).
+        # A pair may be turned (Theorem 3 of report.md). For superres a DIP sees shifted photos: if
+        # it saw where the blocks begin, it could draw in them what their means do not show.
         turning = o.turns and o.target == "conjugate"
+        shifting = o.turns and self.mixes and not self.told
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
@@ -1165,7 +1170,10 @@ class Fit:
                 z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
-                output = turned_back(self.net(turned(z1, g), level), g)
+                if shifting:
+                    output = self.shifted_output(z1, level, task.scale)
+                else:
+                    output = turned_back(self.net(turned(z1, g), level), g)
                 self.learn(fit_loss(o, output, z2, z2_task, level, self.prior))
                 if not self.looks:
                     average = average.lerp(output.detach(), self.newest_weight())
@@ -1184,6 +1192,13 @@ class Fit:
         if self.o.input == "observed":
             return task.interpolate(y)
         return {"fixed": self.z, "estimate": average, "first": self.first}[self.o.input]
+
+    def shifted_output(self, z1: Tensor, level: float, scale: int) -> Tensor:
+        """The output for z1, which the network sees shifted by less than a block (4.8, report.md):
+        turns map blocks to blocks, but a shift moves what is seen against their borders."""
+        down, right = torch.randint(scale, (2,), generator=self.gen).tolist()
+        output = self.net(torch.roll(z1, (down, right), (2, 3)), level)
+        return torch.roll(output, (-down, -right), (2, 3))
 
     def draw_pair(self, y: Tensor, task: Task, base: Tensor, a: float, side: int) -> tuple:
         """A step's pair, of all the photo or of windows: (z1, its noise level, z2, z2's task)."""
@@ -2664,7 +2679,8 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate", ["turns"], "without the conjugate target"),
+        (o.target != "conjugate" and (kind, o.method) != ("blocks", "staged"), ["turns"],
+         "without the conjugate target"),
         (told or primed, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),

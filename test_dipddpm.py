@@ -1286,6 +1286,36 @@ def test_only_pairs_are_turned(monkeypatch):
         list(D.fit_dip(task.forward(smooth_image(12)), task, nets=1, turns=allowed, **SMALL))
         assert (len(turns) > 1) == expected
 
+def a_fit(task, y, **options):
+    o = D.complete(D.Settings(**options), task, y)
+    return D.Fit(o, y, task, torch.Generator().manual_seed(0), None, None)
+
+def test_enlarging_the_dip_cannot_see_where_the_blocks_begin():
+    """What a network draws at fixed places of the blocks averages out over the shifts."""
+    task = D.Task("blocks", scale=4)
+    x = smooth_image(16)
+    fit = a_fit(task, task.forward(x), **SMALL)
+    fit.net = lambda z, level: z
+    assert all(torch.equal(fit.shifted_output(x, 0.1, 4), x) for _ in range(20))
+    pattern = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(4)            # of mean 0 in each block
+    fit.net = lambda z, level: z + pattern
+    mean = sum(fit.shifted_output(x, 0.1, 4) for _ in range(1000)) / 1000
+    assert (fit.shifted_output(x, 0.1, 4) - x).abs().min() > 0.9
+    assert (mean - x).abs().max() < 0.2                                 # six standard deviations
+
+@pytest.mark.parametrize("task, options, expected", [
+    (D.Task("blocks", scale=4), {}, True), (D.Task("blocks", scale=4), dict(turns=0), False),
+    (D.Task("blocks", scale=4), dict(method="dip"), False),
+    (D.Task("blocks", scale=4), dict(method="selfdiff"), False), (NOISY, {}, False), (HOLES, {}, False)])
+def test_only_the_dip_of_superres_is_shifted(monkeypatch, task, options, expected):
+    shifts, original = [], torch.roll
+    monkeypatch.setattr(torch, "roll", lambda *args: shifts.append(args[1]) or original(*args))
+    list(D.fit_dip(task.forward(smooth_image(12)), task, nets=1, **SMALL, **options))
+    assert bool(shifts) == expected
+    if expected:
+        assert len(shifts) == 2 * SMALL["iters"] and len(set(shifts)) > 8
+        assert set(sum(shifts, ())) == {-3, -2, -1, 0, 1, 2, 3}
+
 def test_enlarged_pictures_are_the_mean_with_the_interpolation():
     task = D.Task("superres", scale=2)
     x = smooth_image(24)
@@ -1510,7 +1540,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair,
+    D.is_told, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair, D.Fit.shifted_output,
     D.Fit.told_pair, D.Fit.look, D.Fit.last_look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
@@ -2698,7 +2728,7 @@ sample --init dip P --eta 2 -> --eta
 fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
-fit-dip P --task superres:4 --turns 0 -> --turns
+fit-dip P --task superres:4 --method selfdiff --turns 0 -> --turns
 fit-dip P --task superres:4 --tail 0.5 -> --tail
 fit-dip P --task superres:4 --target conjugate -> --target
 fit-dip P --weight 2 -> --weight
@@ -2745,7 +2775,7 @@ def test_errors(bad, priors, line, flag, capsys, monkeypatch):
 @pytest.mark.parametrize("line", [
     "--method dip --target noisy --high 2", "--method dip --input observed --low 0.3", "--told 0",
     "--method guide --input estimate --high 2", "--task inpaint:0.5 --tail 0.25", "--stop fixed --turns 0",
-    "--task inpaint:0.5 --turns 0"])
+    "--task inpaint:0.5 --turns 0", "--task superres:4 --turns 0"])
 def test_flags_that_have_an_effect_are_taken(line):
     assert D.parse(["fit-dip", *line.split()]).command == "fit-dip"
 
