@@ -391,6 +391,7 @@ def test_estimate_sigma():
         assert D.estimate_sigma(y) == pytest.approx(sigma, rel=0.04)
         assert D.estimate_sigma(y[:, :1]) == pytest.approx(sigma, rel=0.04)
     assert D.estimate_sigma(torch.zeros(1, 3, 1, 1)) == 0                   # nothing to tell it by
+    assert D.estimate_sigma(torch.zeros(1, 1, 1, 60)) == 0                  # patches of one pixel
 
 def blurred_noise(shape, sigma, seed=0):
     """Noise of level sigma with a known correlation of neighbours, 2/3 along a row or a column."""
@@ -2420,6 +2421,26 @@ def test_two_processes_do_not_train_one_prior(tmp_path, photo, default_prior, ca
     busy.rmdir()
     assert run(*SAMPLE, photo) == 0 and not busy.exists()
 
+def test_no_prior_is_trained_where_there_can_be_no_folder_for_it(tmp_path, photo, default_prior, capsys):
+    (tmp_path / "runs").write_text("a file")
+    assert run(*SAMPLE, photo, "--out", tmp_path / "o") == 2 and default_prior == []
+    one_line(capsys, "--ckpt")
+
+def test_a_large_photo_has_no_dip_after_adapt_to_be_widened(tmp_path, priors, monkeypatch, capsys):
+    monkeypatch.setattr(D, "TWO_NETS_PIXELS", 100)
+    D.to_image(smooth_image(16)).save(tmp_path / "p.png")
+    words = ["fit-dip", "--image", tmp_path / "p.png", "--method", "adapt", "--task", "inpaint:0.5", "--iters", 2,
+             "--ckpt", priors / "dip.pt", "--out", tmp_path / "o", "--width", 4]
+    assert run(*words) == 2
+    one_line(capsys, "--width", "--nets 2")
+    assert run(*words, "--nets", 2) == 0
+
+def test_pictures_of_an_earlier_run_do_not_stay(tmp_path, photo):
+    out, words = tmp_path / "o", ["fit-dip", "--image", photo, *TINY, "--out", tmp_path / "o"]
+    assert run(*words) == 0 and (out / "stages.png").exists() and (out / "ladder.gif").exists()
+    assert run(*words, "--method", "dip") == 0
+    assert not (out / "stages.png").exists() and not (out / "ladder.gif").exists()
+
 # ---- 10. evaluation
 
 def test_every_arm_is_a_command():
@@ -2651,6 +2672,8 @@ def bad(tmp_path_factory, priors):
     torch.save(state, folder / "other_shape.pt")
     torch.save([1, 2], folder / "list.pt")
     (folder / "file").write_text("a file where a folder should be")
+    for name, arm in (("seed", "fit-dip --seed 7"), ("out", "fit-dip --out=o"), ("eta", "sample --eta 0 --steps 1")):
+        (folder / f"{name}.txt").write_text(arm)
     return folder
 
 ERRORS = [line.rsplit(" -> ", 1) for line in """
@@ -2703,6 +2726,9 @@ sample --init dip P --input observed -> --input
 sample --init dip P --method adapt --task superres:4 -> --method
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
+evaluate --images photos --arms seed.txt -> --seed
+evaluate --images photos --arms eta.txt -> --eta
+evaluate --images photos --arms out.txt -> --out
 evaluate stopping --arms missing.txt -> --arms
 evaluate --images empty -> --images
 evaluate nonsense -> nonsense
@@ -2725,6 +2751,11 @@ sample --init noise P --ckpt {p}/dip.pt -> --ckpt
 sample --init dip P --start 0 -> --start
 sample --init dip P --ckpt {p}/dip.pt --start 398 -> --start
 sample --init dip P --eta 2 -> --eta
+sample --init dip P --eta 0.5 -> --eta
+sample --init noise P --steps 1 --eta 0 -> --eta
+fit-dip P --task inpaint:0.5 --nets 1 --fresh 0 -> --fresh
+sample --init dip P --method staged --fresh 0 -> --fresh
+fit-dip P --iter 5 -> --iter
 fit-dip P --mask half.png -> --mask
 fit-dip P --task inpaint:0.5 --mask half.png -> --task
 fit-dip P --task superres:4 --told 20 -> --told
