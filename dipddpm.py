@@ -2524,8 +2524,11 @@ def find_arms(args, photo: str) -> list:
         if arm.split()[0] not in ("fit-dip", "sample"):
             fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
         named = {word.partition("=")[0] for word in arm.split()}
-        if {"--image", "--out", "--seed"} & named:
-            fail(f"--arms: {arm!r} cannot name --image, --out or --seed; evaluate does")
+        for flag in ("--image", "--out"):
+            if flag in named:
+                fail(f"--arms: {arm!r} cannot name {flag}; evaluate does")
+        if "--seed" in named and args.seeds > 1:
+            fail(f"--seeds: {arm!r} has a seed of its own; leave one of them out")
         parse([*arm.split(), "--image", photo])
     return list(dict.fromkeys(arms))
 
