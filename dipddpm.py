@@ -1520,15 +1520,15 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> float:
     return (likeness / spread).mean().item()
 
 def clipped_psnr(xhat: Tensor, x: Tensor | None) -> float | None:
-    """PSNR of an estimate to the clean image; None where that is not known."""
-    if x is None:
+    """PSNR of an estimate to the clean image; None where it cannot be known."""
+    if x is None or xhat.shape[2:] != x.shape[2:]:
         return None
     return psnr(xhat.clamp(-1, 1), x, 2.0)
 
 def quality(xhat: Tensor, x: Tensor | None) -> tuple:
-    """(PSNR, SSIM) of an estimate to the clean image; None where that is not known, or small."""
+    """(PSNR, SSIM) of an estimate to the clean image, each None where it cannot be known."""
     value = clipped_psnr(xhat, x)
-    if x is None or min(x.shape[-2:]) < 11:
+    if value is None or min(x.shape[-2:]) < 11:
         return value, None
     return value, ssim(xhat.clamp(-1, 1), x, 2.0)
 
