@@ -414,7 +414,7 @@ def hole_side(mask: Tensor) -> int:
 @dataclass
 class Noise:
     """A photo's noise, found in it, or white if told; levels are standard deviations."""
-    level: float                    # where the photo is flattest, in units of [-1, 1]
+    level: float                    # of all, if white; else where it is flattest; in [-1, 1]
     thirds: tuple = ()              # the same for the photo's dark, middle and bright third
     brightness: tuple = ()          # of these places, in [-1, 1]
     neighbour: float = 0.0          # correlation of a pixel's noise with its neighbour's
@@ -515,7 +515,8 @@ def estimate_sigma(y: Tensor) -> float:
     patches = cut_squares(y, min(5, *y.shape[2:])).flatten(1).double()
     if len(patches) < 2:
         return 0.0
-    values = torch.linalg.eigvalsh(patches.T.cov()).clamp(min=0)            # the smallest first
+    cov = torch.atleast_2d(patches.T.cov())
+    values = torch.linalg.eigvalsh(cov).clamp(min=0)                        # the smallest first
     for count in range(len(values), 0, -1):
         rest = values[:count]
         if rest.mean() <= rest.median():
@@ -866,10 +867,11 @@ class Settings:
     lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
     width: int = setting(32, "channels of the hourglass", (1, 1024))
     depth: int = setting(4, "levels of the hourglass", (1, 5))
-    high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2 (denoise: 2)",
-                          (1e-3, 100))
-    low: float = setting(None, "noise of the last rung, in the same units (0.4)", (1e-3, 100))
-    rungs: int = setting(None, "stages of each network (30)", (1, 10 ** 7))
+    high: float = setting(None, "noise of the first rung in units of sigma, or of 0.2 (staged: "
+                          "noise 2, holes 1.5; else by method)", (1e-3, 100))
+    low: float = setting(None, "noise of the last rung, in the same units (staged 0.4; else by "
+                         "method)", (1e-3, 100))
+    rungs: int = setting(None, "stages of each network (staged 30; else by method)", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
     turns: int = setting(1, "1: turn and mirror the conjugate pair (superres: shift it by less "
                          "than a block); 0: do not", (0, 1))
@@ -877,8 +879,8 @@ class Settings:
                         "gradient)", ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
-    tail: float = setting(None, "share of the rungs that see all of y, at last (1/4; without R: 0)",
-                          (0, 0.9))
+    tail: float = setting(None, "share of the rungs that see all of y, at last (1/4 with R and "
+                          "pairs, else 0)", (0, 0.9))
 
 def is_told(o: Settings, kind: str) -> bool:
     """Whether the network that is fitted is told y: it is a DDPM, and y has no noise."""
@@ -1092,19 +1094,26 @@ class MovingVariance:
     exponential weights (ES-EMV). Wang et al. 2023, Algorithms 1 and 2."""
     def __init__(self, window: int = 100, alpha: float = 0.1):
         self.outputs = deque(maxlen=window)
+        self.powers = deque(maxlen=window)      # their mean squares
+        self.total = 0.0                        # the sum of the outputs
         self.alpha = alpha
         self.mean = self.emv = 0.0
 
     def update(self, output: Tensor) -> dict:
         """Both scores after this output; wmv is inf until its window is full."""
-        self.outputs.append(output)
         distance = ((output - self.mean) ** 2).mean().item()
         self.emv = (1 - self.alpha) * (self.emv + self.alpha * distance)
         self.mean = self.mean + self.alpha * (output - self.mean)
+        if len(self.outputs) == self.outputs.maxlen:
+            self.total = self.total - self.outputs[0].double()      # the oldest leaves the window
+        self.outputs.append(output.cpu())
+        newest = self.outputs[-1].double()
+        self.total = self.total + newest
+        self.powers.append((newest ** 2).mean().item())
         wmv = math.inf
         if len(self.outputs) == self.outputs.maxlen:
-            outputs = torch.cat(list(self.outputs))
-            wmv = ((outputs - outputs.mean(dim=0)) ** 2).mean().item()
+            mean = self.total / len(self.outputs)
+            wmv = np.mean(self.powers) - (mean ** 2).mean().item()
         return {"wmv": wmv, "emv": self.emv}
 
 def stop_at(scores: list[float], patience: int = PATIENCE) -> tuple[int, bool]:
@@ -1183,8 +1192,8 @@ class Fit:
                 average = self.look(y, task, average, turns=1)
             average = task.keep_known(average, y)
             mse = z2_task.mse(output, z2).item()
-            clear = self.told or (splits(o, task) and o.input == "observed")
-            noise = 0.0 if clear else level
+            noiseless = self.told or (splits(o, task) and o.input == "observed")
+            noise = 0.0 if noiseless else level
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
     def source(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
@@ -1284,7 +1293,7 @@ class Fit:
             stage.scores["fixed"] = -stage.step
             if judge is not None:
                 stage.scores["holdout"] = judge(stage.average)
-            if o.rungs == o.iters:              # each step is a stage, as these rules want it
+            if o.rungs == o.iters and not self.looks:   # each step is a stage of all of y
                 stage.scores.update(variance.update(stage.output))
             scores.append(stage.scores[o.stop])
             best_rung, ended = stop_at(scores, max(1, PATIENCE * o.rungs // o.iters))
@@ -1840,7 +1849,7 @@ def look_for_noise(args, y: Tensor, stated: float | None) -> tuple:
         noise = replace(noise, white=True)
     dark, middle, bright = [f"{level * 127.5:.1f}" for level in noise.thirds]
     kind = "white" if noise.white else "not white"
-    say(f"noise found: level {noise.level * 127.5:.1f} in flat places (dark {dark}, "
+    say(f"noise found: level {noise.level * 127.5:.1f} (in flat places: dark {dark}, "
         f"middle {middle}, bright {bright}; a JPEG's own: {floor * 127.5:.1f}), "
         f"neighbours correlated by {noise.neighbour:.2f}: {kind}")
     if noise.strength() < 0.5 / 127.5:
@@ -1850,7 +1859,8 @@ def look_for_noise(args, y: Tensor, stated: float | None) -> tuple:
     if stated is not None:
         if noise.white and 0.8 * stated < noise.level * 127.5 < 1.25 * stated:
             return stated / 127.5, None
-        say(f"--task: this is not white noise of level {stated:g}; what is found is removed "
+        flag = "--task" if args.told is None else "--told"
+        say(f"{flag}: this is not white noise of level {stated:g}; what is found is removed "
             "instead; to insist add --noise white")
     return noise.strength(), noise
 
@@ -1938,7 +1948,11 @@ def nothing_to_remove(args, x, y: Tensor, task: Task) -> bool:
     return True
 
 def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metrics: dict):
-    """Write what fit-dip and sample write, and say what came out; the last panel is the answer."""
+    """Write what fit-dip and sample both write, and say what came out; the last panel is the
+    answer. What an earlier run wrote, and this one perhaps does not, is removed."""
+    for name in ("noise.png", "sample.png", "stages.png", "ladder.gif"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{args.out}/{name}")
     answer = panels[-1][1]
     if task.noise is not None:
         metrics["noise"] = describe(task.noise)
@@ -1978,10 +1992,12 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
 def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     """Fit a DIP: (its last Stage, rows of log.csv, frames of the animation, metrics).
 
-    Only the log sees the clean x. Ctrl-C leaves the best so far, if there is one.
+    Only the log and the metrics see the clean x. Ctrl-C leaves the best so far, if there is one.
     """
     brief = args.command == "sample"
     o = complete(Settings(**given(args)), task, y, brief)
+    if is_told(o, task.kind()) and o.nets == 1 and {"width", "depth", "fresh"} & set(given(args)):
+        fail("--width, --depth, --fresh: no DIP follows above 192 x 192 pixels; add --nets 2")
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
     bar = Progress(sum(own.iters for own in in_turn(o, task)), "DIP")
     looking = 0.0
@@ -2036,21 +2052,25 @@ def cmd_fit_dip(args):
     stage, rows, frames, metrics = run_fit(args, y, task, x, prior)
     names = {"psnr": "to the clean photo", "psnr_risk": "estimated from R, without it",
              "psnr_target": "to the target of the stage"}
-    stages = rows[:-1] or rows          # the last row is the answer
+    stages = rows if metrics["interrupted"] else rows[:-1]      # at last comes the answer
     steps = [row["step"] for row in stages]
-    curves = [(label, steps, [row[name] for row in stages]) for name, label in names.items()]
+    curves = []
+    for name, label in names.items():
+        values = [row[name] for row in stages]
+        if np.isfinite(on_axis(values, False)).any():
+            curves.append((label, steps, values))
     mark = (stage.stop_step, "stop")
     chart = plot(curves, "PSNR at the end of each stage", "steps", "dB", mark=mark)
     if x is not None:
         curve = ("to the clean photo", steps, [row["ssim"] for row in stages])
         ssims = plot([curve], "SSIM at the end of each stage", "steps", "SSIM", mark=mark)
         chart = Image.fromarray(np.vstack([chart, ssims]))
+    finish(args, x, y, task, [("restored", stage.answer)], rows, chart, metrics)
     if frames:
         six = [frames[i * (len(frames) - 1) // 5] for i in range(6)]
         page = figure([seen for seen, _ in six] + [estimate for _, estimate in six])
         save(f"{args.out}/stages.png", page)
         save(f"{args.out}/ladder.gif", [figure(frame) for frame in frames])
-    finish(args, x, y, task, [("restored", stage.answer)], rows, chart, metrics)
 
 def shrink(x: Tensor) -> Tensor:
     """A picture at the size of a panel, so that those of large photos can be kept."""
@@ -2074,10 +2094,7 @@ def start_and_calls(args, prior: Prior, risk: float, told: bool) -> tuple[int, i
     if args.init == "noise":
         t0 = prior.schedule.T
         steps = 20
-    steps = args.steps or steps
-    if steps == 1 and args.eta is not None:
-        fail("--eta: it has no effect with one call; leave it out, or give --steps 2 or more")
-    return args.start or t0, steps
+    return args.start or t0, args.steps or steps
 
 def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps: int, task: Task,
                  **join) -> Tensor:
@@ -2085,7 +2102,7 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
     gens = [stream(args.seed + i, SAMPLE) for i in range(args.samples)]
     channels = start.expand(-1, prior.channels, -1, -1)         # grey is three equal channels
     xt = noised(prior.schedule, channels, t0, gens, noise)
-    if args.init == "noise":            # the next numbers of the streams
+    if args.init == "noise":            # There is no start: only the shape of x_t0 is used.
         xt = noise_like(xt, gens)
     eta = 1.0 if args.eta is None else args.eta
     samples = reverse(prior, task, xt, t0, gens, steps=steps, eta=eta, **join)
@@ -2110,10 +2127,10 @@ def cmd_sample(args):
         return
     prior = load_prior(args, y.shape[1])
     start = task.interpolate(y)
-    # Noise that is not white counts as white noise twice as strong. To drown it in such noise, as a
-    # fit does, would lose 1.3 dB here (ten photos of PolyU).
-    noise = task.sigma if task.noise_of_y().white else 2 * task.sigma
-    risk = (noise or START_ERROR) ** 2
+    # Noise that is not white counts as white noise twice as strong. To add white noise to it, as a
+    # fit does, would lose 1.3 dB (ten photos of PolyU).
+    start_noise = task.sigma if task.noise_of_y().white else 2 * task.sigma
+    risk = (start_noise or START_ERROR) ** 2
     join, panels = {}, []
     metrics = dict(psnr_dip=None, psnr_ddpm=None, seconds=0.0, interrupted=False)
     if task.sigma == 0 or args.init == "noise":
@@ -2124,7 +2141,7 @@ def cmd_sample(args):
         stage, _, _, found = run_fit(args, y, task, x, prior)
         metrics |= found
         start = stage.answer
-        noise = 0.0
+        start_noise = 0.0
         panels.append((f"DIP ({args.method})", start))
         metrics["psnr_dip"] = clipped_psnr(start, x)
         if not math.isnan(stage.risk):
@@ -2146,7 +2163,7 @@ def cmd_sample(args):
             alone = ddpm_alone(args, prior, y, t0, steps, task)
             panels.insert(0, ("DDPM alone", alone))
             metrics["psnr_ddpm"] = clipped_psnr(alone, x)
-        samples = draw_samples(args, prior, start, noise, t0, steps, task, **join)
+        samples = draw_samples(args, prior, start, start_noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if args.method == "primed":
             mean = with_first([alone, start, mean])         # their errors differ
@@ -2161,8 +2178,8 @@ def cmd_sample(args):
     metrics |= compare_samples(samples, x)
     metrics.update(t0=t0, nfe=bar.count, seconds_dip=metrics["seconds"], seconds_ddpm=bar.seconds)
     metrics["seconds"] += bar.seconds
-    save(f"{args.out}/sample.png", to_image(samples[:1]))
     finish(args, x, y, task, panels, rows, sampling_curve(rows), metrics)
+    save(f"{args.out}/sample.png", to_image(samples[:1]))
 
 def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -> list:
     """What a figure shows of samples: one, after several calls, and their mean; or each, where
@@ -2228,8 +2245,10 @@ def train_default_prior(path: str, device: str):
     command = ["train", "--prior", kind, "--out", folder, "--device", device]
     if os.path.exists(unfinished):
         command.append("--resume")
+    make_folder = partial(os.makedirs, exist_ok=True)
+    attempt("--ckpt", folder, "name a prior with --ckpt", make_folder)
     try:
-        os.makedirs(lock)
+        os.mkdir(lock)
     except FileExistsError:
         fail(f"--ckpt: another process trains {path}; wait for it, or, if none does, remove {lock}")
     try:
@@ -2504,8 +2523,12 @@ def find_arms(args, photo: str) -> list:
     for arm in arms:
         if arm.split()[0] not in ("fit-dip", "sample"):
             fail(f"--arms: {arm!r} is no command line of fit-dip or sample")
-        if {"--image", "--out"} & set(arm.split()):
-            fail(f"--arms: {arm!r} cannot name --image or --out; evaluate does")
+        named = {word.partition("=")[0] for word in arm.split()}
+        for flag in ("--image", "--out"):
+            if flag in named:
+                fail(f"--arms: {arm!r} cannot name {flag}; evaluate does")
+        if "--seed" in named and args.seeds > 1:
+            fail(f"--seeds: {arm!r} has a seed of its own; leave one of them out")
         parse([*arm.split(), "--image", photo])
     return list(dict.fromkeys(arms))
 
@@ -2602,12 +2625,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The four commands and their flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    fit = commands.add_parser("fit-dip", help="fit a DIP to a photo; it stops by itself")
-    sample = commands.add_parser("sample", help="a DDPM from noise, a photo, or a DIP of it")
-    train = commands.add_parser("train", help="train a DDPM on photos or an array")
-    evaluate = commands.add_parser("evaluate", help="tables; every row is a command line")
+    new = partial(commands.add_parser, allow_abbrev=False)
+    fit = new("fit-dip", help="fit a DIP to a photo; it stops by itself")
+    sample = new("sample", help="a DDPM from noise, a photo, or a DIP of it")
+    train = new("train", help="train a DDPM on photos or an array")
+    evaluate = new("evaluate", help="tables; every row is a command line")
     real, whole = partial(in_range, float, 0), partial(in_range, int, 1)      # up to a maximum
-    fit.set_defaults(init=None, start=None, no_clue=False)
+    fit.set_defaults(init=None, start=None, steps=None, no_clue=False)
     for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
@@ -2629,7 +2653,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-clue", action="store_true", help="do not tell the DDPM what the observation knows")
     add = train.add_argument
     add("--data", default=f"{PHOTOS}/train", help="folder, .npz, .npy (images/train)")
-    add("--prior", choices=["none", "dip"], default="none", help="dip: t <= --t-max (none: all t)")
+    add("--prior", choices=["none", "dip"], default="none", help="dip: t up to 397 only (none)")
     add("--task", help="learn inpaint:SHARE or superres:S only (these, and to denoise)")
     add("--t-max", type=partial(whole, 1000), help="largest t (none 1000; dip 397, cosine 703)")
     add("--dips", type=partial(in_range, int, 0, 10 ** 5), default=0,
@@ -2668,6 +2692,8 @@ def refuse_idle_flags(args):
     o = with_roles(Settings(**given(args)), kind)
     told = is_told(o, kind)
     primed = o.method == "primed"
+    alone = args.nets == 1 or (args.init == "dip" and args.nets is None)
+    calls = args.steps or (20 if args.init == "noise" else 1)
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
     if primed and (name != "inpaint" or args.no_clue):
@@ -2684,6 +2710,8 @@ def refuse_idle_flags(args):
         (told or primed, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
+        (alone and (kind, o.input, o.target) == ("holes", "observed", "conjugate"), ["fresh"],
+         "where a single network sees known pixels, not noise"),
         (primed, ["no_guide"], "with --method primed"),
         (told and kind == "blocks", ["high", "low"], "with adapt and superres"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
@@ -2697,6 +2725,7 @@ def refuse_idle_flags(args):
         (prior_path(args) is None, ["ckpt"], "without --method adapt, primed or guide"),
         (args.init in ("noise", "observed"), [*given(args), "no_guide"], "without --init dip"),
         (args.init == "noise", ["start"], "with --init noise, which starts at t = 1000"),
+        (calls == 1, ["eta"], "with one call (or say --steps 2)"),
     ]
     for useless, flags, reason in idle:
         for flag in flags:
@@ -2745,7 +2774,7 @@ def run(args):
         commands[args.command](args)
 
 def main(argv: list | None = None) -> int:
-    """Run one command (argv without the program's name); returns the exit code."""
+    """Run one command (argv without the program's name); returns 0, or 130 after Ctrl-C."""
     for file in (sys.stdout, sys.stderr):       # A code page may lack a letter of a file's name.
         if hasattr(file, "reconfigure"):
             file.reconfigure(errors="backslashreplace")
@@ -2756,7 +2785,8 @@ def main(argv: list | None = None) -> int:
         run(parse(sys.argv[1:] if argv is None else list(argv)))
         return 0
     except KeyboardInterrupt:
-        say("interrupted; train goes on with --resume, evaluate with the same command")
+        say("interrupted; train goes on with --resume; evaluate, and the training that sample "
+            "begins, with the same command")
         return 130
 
 if __name__ == "__main__":
