@@ -1578,11 +1578,15 @@ def attempt(flag: str, path: str, remedy: str, read):
     except Exception as error:          # Pillow, numpy and torch raise errors of many kinds.
         return fail(f"{flag}: cannot use {path} ({str(error).strip()[:100]}); {remedy}")
 
+def make_folder(path: str):
+    """A folder, and those above it, where they are missing."""
+    os.makedirs(path, exist_ok=True)
+
 def save(path: str, value):
     """Write all of a file or nothing: a checkpoint, a picture, frames (.gif), rows (.csv), JSON."""
     part = path + ".tmp"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        make_folder(os.path.dirname(path))
         if path.endswith(".pt"):
             torch.save(value, part)
         elif path.endswith(".png"):
@@ -1996,7 +2000,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     """
     brief = args.command == "sample"
     o = complete(Settings(**given(args)), task, y, brief)
-    if is_told(o, task.kind()) and o.nets == 1 and {"width", "depth", "fresh"} & set(given(args)):
+    no_dip = is_told(o, task.kind()) and o.nets == 1
+    if no_dip and {"width", "depth", "fresh"} & set(given(args)):
         fail("--width, --depth, --fresh: no DIP follows above 192 x 192 pixels; add --nets 2")
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
     bar = Progress(sum(own.iters for own in in_turn(o, task)), "DIP")
@@ -2245,7 +2250,6 @@ def train_default_prior(path: str, device: str):
     command = ["train", "--prior", kind, "--out", folder, "--device", device]
     if os.path.exists(unfinished):
         command.append("--resume")
-    make_folder = partial(os.makedirs, exist_ok=True)
     attempt("--ckpt", folder, "name a prior with --ckpt", make_folder)
     try:
         os.mkdir(lock)
@@ -2692,7 +2696,7 @@ def refuse_idle_flags(args):
     o = with_roles(Settings(**given(args)), kind)
     told = is_told(o, kind)
     primed = o.method == "primed"
-    alone = args.nets == 1 or (args.init == "dip" and args.nets is None)
+    single = args.nets == 1 or (args.init == "dip" and args.nets is None)
     calls = args.steps or (20 if args.init == "noise" else 1)
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
@@ -2710,7 +2714,7 @@ def refuse_idle_flags(args):
         (told or primed, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
-        (alone and (kind, o.input, o.target) == ("holes", "observed", "conjugate"), ["fresh"],
+        (single and (kind, o.input, o.target) == ("holes", "observed", "conjugate"), ["fresh"],
          "where a single network sees known pixels, not noise"),
         (primed, ["no_guide"], "with --method primed"),
         (told and kind == "blocks", ["high", "low"], "with adapt and superres"),
@@ -2767,7 +2771,6 @@ def run(args):
     """Run a parsed command."""
     commands = {"fit-dip": cmd_fit_dip, "sample": cmd_sample, "train": cmd_train,
                 "evaluate": cmd_evaluate}
-    make_folder = partial(os.makedirs, exist_ok=True)
     attempt("--out", args.out, "name a folder you may write to", make_folder)
     # With --bf16 products are bfloat16, in networks and in the look for noise; sums never are.
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
