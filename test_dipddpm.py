@@ -2615,7 +2615,7 @@ def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypa
     first four calls are those of the control."""
     D.to_image(smooth_image(channels=1)).save(photo)
     monkeypatch.setattr(D, "predict_x0", interrupt_at(call, D.predict_x0))
-    flags = ["--image", photo, "--task", "superres:4", *(TINY if init == "dip" else [])]
+    flags = ["--image", photo, "--task", "superres:4", *([*TINY, "--method", "staged"] if init == "dip" else [])]
     assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--steps", 4,
                "--out", tmp_path / "cut") == 130
     metrics = outputs(tmp_path / "cut", SAMPLE_KEYS)
