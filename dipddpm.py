@@ -543,7 +543,7 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
 # part. With `--dips` a quarter of a batch is told a DIP (section 6), and half of the rest nothing.
-# With `--task` it learns a single task, and that one better, since it sees nothing else.
+# With `--task` it learns a single task, and that one better; `sample --init dip` trains such a one.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
@@ -2214,8 +2214,8 @@ def told_task(args) -> str | None:
     return None
 
 def default_prior(args) -> str:
-    """The path of the prior that is taken where none is named. From noise it is one of all t. Else
-    it has learned nothing but the task, if it is told y; or noise and tasks of all kinds."""
+    """The path of the prior that is taken where none is named: from noise one of all t; else one
+    that has learned the task alone, if it is told y of it, or else many tasks."""
     task = told_task(args)
     if args.init == "noise":
         return f"{PRIORS}/none.pt"
@@ -2308,7 +2308,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
         if name == "denoise" or number in (None, 1):
             fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
         if args.out == PRIORS:
-            fail("--out: give a DDPM of one task a folder of its own; here lie those of many tasks")
+            fail(f"--out: give a DDPM of one task another folder; {PRIORS} has those that sample trains")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
@@ -2660,7 +2660,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--told", type=partial(real, 255), help="level told to the fit; 0: estimated (SIGMA)")
         add("--noise", choices=["auto", "white"], help="auto: as found; white: assumed (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
-        add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
+        add("--ckpt", help="prior (in runs/train, by task; trained where missing)")
         add_settings(command.add_argument_group("how the DIP is fitted"))
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
