@@ -1392,7 +1392,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. Where y has no noise, the DDPM is told y, and answers in one call. But it knows photos in
+# Lesson 3. Where y has no noise the DDPM is told y, and answers in one call. But it knows photos in
 # general, not this one. So a DIP is fitted to y that sees this answer, drowned in falling noise, in
 # place of a random z (method "primed" of section 5). Then the DDPM speaks once more: it begins at
 # the DIP's estimate, drowned in so much noise that the start hardly counts, and is averaged with
@@ -1401,8 +1401,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # Where pixels are missing, a DDPM that has learned many tasks is told the DIP as its guess, in
 # place of the weighted mean; so is one that was trained on DIPs, which knows how far to trust them.
 #
-# Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise just
-# hides the DIP's error, and is averaged with the DIP by precision at each call.
+# Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise
+# just hides the DIP's error, and is averaged with the DIP by precision at each call.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
 # photo, as a DIP is. If y has no noise and the photo is small, a primed DIP follows.
 # To run lesson 3: `dipddpm.py sample --init dip`.
@@ -2308,7 +2308,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
         if name == "denoise" or number in (None, 1):
             fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
         if args.out == PRIORS:
-            fail(f"--out: give a DDPM of one task another folder; {PRIORS} has those that sample trains")
+            fail(f"--out: give it a folder of its own; in {PRIORS} are those that sample trains")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
