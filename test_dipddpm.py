@@ -2311,8 +2311,8 @@ def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, ph
 def test_a_join_is_primed_where_the_ddpm_is_told_y(extra, method):
     assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
 
-@pytest.mark.parametrize("extra, parts", [([], 3), (["--no-guide"], 1), (["--no-clue"], 1),
-                                          (["--method", "staged"], 1)])
+@pytest.mark.parametrize("extra, parts", [([], 3), (["--task", "superres:2"], 3), (["--no-guide"], 1),
+                                          (["--no-clue"], 1), (["--method", "staged"], 1)])
 def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
     """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP; the first counts half."""
     drawn, pages = [], []
