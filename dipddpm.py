@@ -543,7 +543,7 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
 # part. With `--dips` a quarter of a batch is told a DIP (section 6), and half of the rest nothing.
-# With `--task` it learns a single task, and that one better; `sample --init dip` trains such a one.
+# With `--task` it learns a single task, and that one better: section 6 takes such a one by default.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
@@ -852,8 +852,8 @@ def setting(default, help: str, allowed):
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "staged: pairs, falling noise; dip: the classic one; targets, "
-                          "selfdiff: rivals; adapt, primed, guide: with a DDPM; sample, without "
-                          "noise: primed", list(METHODS))
+                          "selfdiff: rivals; adapt, primed, guide: with a DDPM; in sample, "
+                          "where y is told: primed", list(METHODS))
     stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
@@ -1149,8 +1149,8 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.kind())
-        # For superres a DIP sees shifted photos: if it saw where the blocks begin, it could draw in
-        # them what their means do not show. Without a DDPM it is averaged with where it began.
+        # For superres a DIP of these methods sees shifted photos: if it saw where the blocks begin,
+        # it could draw in them what their means do not show.
         self.shifts = o.turns and task.scale > 1 and o.method in ("staged", "primed")
         self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
@@ -1398,8 +1398,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # the DIP's estimate, drowned in so much noise that the start hardly counts, and is averaged with
 # the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The three estimates
 # have different errors, which partly cancel in their mean, the answer; the first counts half.
-# Where pixels are missing, a DDPM that has learned many tasks is told the DIP as its guess, in
-# place of the weighted mean; so is one that was trained on DIPs, which knows how far to trust them.
+# A DDPM that was trained on DIPs knows how far to trust them: it is told the DIP as its guess, in
+# place of the weighted mean. So is, where pixels are missing, one that has learned many tasks.
 #
 # Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise
 # just hides the DIP's error, and is averaged with the DIP by precision at each call.
@@ -2204,13 +2204,14 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     return dict(psnr_mean=mean, psnr_sample=alone, spread=spread * 127.5)
 
 def told_task(args) -> str | None:
-    """The --task, as 'inpaint:0.8' or 'superres:4', if a DDPM is told y of it; else None."""
+    """The --task, as 'inpaint:0.8' or 'superres:4', if the DDPM is told y of it in every call; else
+    None (method guide asks it untold, too)."""
     name, number = parse_task(args.task)
     if name == "denoise" or number in (None, 1):
         return None
     told = args.command == "sample" and not args.no_clue and args.method != "guide"
     if told or args.method in ("adapt", "primed"):
-        return f"{name}:{number:g}"
+        return f"{name}:{number:.15g}"
     return None
 
 def default_prior(args) -> str:
@@ -2241,8 +2242,9 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
-    if prior.task and parse_task(told_task(args) or "denoise") != parse_task(prior.task):
-        fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
+    task = told_task(args)
+    if prior.task and (task is None or parse_task(task) != parse_task(prior.task)):
+        fail(f"--ckpt: {path} can only be told y of --task {prior.task}; leave --ckpt out")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
@@ -2262,7 +2264,7 @@ def train_default_prior(path: str, device: str):
     lock = f"{folder}/busy"
     command = ["train", "--prior", kind, "--out", folder, "--device", device]
     if name not in ("none", "dip"):
-        command += ["--task", name.replace("-", ":")]
+        command += ["--task", name.replace("-", ":", 1)]
     if os.path.exists(unfinished):
         command.append("--resume")
     attempt("--ckpt", folder, "name a prior with --ckpt", make_folder)
@@ -2308,7 +2310,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
         if name == "denoise" or number in (None, 1):
             fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
         if args.out == PRIORS:
-            fail(f"--out: give it a folder of its own; in {PRIORS} are those that sample trains")
+            fail(f"--out: give a DDPM of one task its own folder; {PRIORS} holds the default ones")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:

@@ -2353,6 +2353,8 @@ def test_where_a_noisy_photo_starts_and_what_joins_it(tmp_path, photo, priors, m
 @pytest.mark.parametrize("words, name", [
     ("sample", "none"), ("sample --task superres:4", "none"), ("sample --init observed", "inpaint-0.8"),
     ("sample --init dip --task inpaint:0.50", "inpaint-0.5"), ("sample --init dip --task superres:4.0", "superres-4"),
+    ("sample --init dip --task inpaint:0.123456789", "inpaint-0.123456789"),
+    ("sample --init dip --task inpaint:0.00001", "inpaint-1e-05"),
     ("sample --init dip --no-clue", "dip"), ("sample --init dip --method guide", "dip"),
     ("sample --init dip --task inpaint:1", "dip"), ("sample --init dip --task inpaint", "dip"),
     ("sample --init dip --task denoise:25", "dip"), ("fit-dip --method adapt", "dip"),
@@ -2365,7 +2367,8 @@ def test_a_method_without_a_ddpm_has_no_prior():
     assert D.prior_path(D.parse(["fit-dip", "--task", "superres:4"])) is None
 
 @pytest.mark.parametrize("words, trained", [
-    ("--init observed --task superres:2", ("dip", "superres:2")), ("--init observed --task denoise:25", ("dip", None)),
+    ("--init observed --task superres:2", ("dip", "superres:2")),
+    ("--init observed --task inpaint:0.00001", ("dip", "inpaint:1e-05")), ("--init observed --task denoise:25", ("dip", None)),
     ("--task superres:2", ("none", None)), ("--ckpt runs/train/none.pt", ("none", None)),
     ("--init observed --ckpt runs/train/dip.pt", ("dip", None))])
 def test_what_is_trained_by_default(tmp_path, photo, default_prior, words, trained):
