@@ -543,7 +543,7 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
 # at a time. For half of the training images the network is told something, too: some of the pixels,
 # or the means of blocks. So one network draws pictures from nothing, and completes those known in
 # part. With `--dips` a quarter of a batch is told a DIP (section 6), and half of the rest nothing.
-# With `--task` it learns a single task, and that one better, since it sees nothing else.
+# With `--task` it learns a single task, and that one better: section 6 takes such a one by default.
 # To run it: `dipddpm.py train`, then `sample --task inpaint:1`, or `sample --task superres:4`.
 
 def random_place(image: Tensor, side: int, gen: torch.Generator) -> tuple:
@@ -852,8 +852,8 @@ def setting(default, help: str, allowed):
 class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "staged: pairs, falling noise; dip: the classic one; targets, "
-                          "selfdiff: rivals; adapt, primed, guide: with a DDPM; sample, inpaint: "
-                          "primed", list(METHODS))
+                          "selfdiff: rivals; adapt, primed, guide: with a DDPM; in sample, "
+                          "where y is told: primed", list(METHODS))
     stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
@@ -875,8 +875,8 @@ class Settings:
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
     turns: int = setting(1, "1: turn and mirror the conjugate pair (superres: shift it by less "
                          "than a block); 0: do not", (0, 1))
-    loss: str = setting(None, "gradient: edges count (squares; staged or adapt, superres: "
-                        "gradient)", ["squares", "gradient"])
+    loss: str = setting(None, "gradient: edges count (squares; superres with staged, "
+                        "adapt or primed: gradient)", ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
     hold: float = setting(0.25, "a of the pair that is split off before the fit", (1e-3, 10))
     tail: float = setting(None, "share of the rungs that see all of y, at last (1/4 with R and "
@@ -922,6 +922,7 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
     ("adapt", "blocks"): dict(iters=60, nets=2, rungs=5, lr=3e-4, loss="gradient"),
     ("primed", "holes"): dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON),
+    ("primed", "blocks"): dict(iters=160, rungs=20, high=6.0, low=1.5, loss="gradient", **MUON),
 }
 
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
@@ -950,15 +951,11 @@ def in_turn(o: Settings, task: Task) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.kind()):
-        # The DDPM is followed by a DIP. Where pixels are missing it is primed with the DDPM's
-        # answer, drowned in less noise than by default, since a fitted DDPM knows more. For
-        # superres it is that of `staged`, but begins at the DDPM's answer, and is mixed with it.
+        # The DDPM is followed by a DIP that is primed with the DDPM's answer, drowned in less noise
+        # than by default, since a fitted DDPM knows more.
         steps = min(4 * o.iters, 160)
-        later = replace(o, target="plain", iters=steps, rungs=min(4 * o.rungs, steps), **MUON)
-        if task.scale == 1:
-            later = replace(later, method="primed", high=4.0, low=1.0)
-        else:
-            later = replace(later, method="staged", input="estimate", high=3.0, low=0.4)
+        later = replace(o, method="primed", target="plain", iters=steps,
+                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1152,6 +1149,9 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.kind())
+        # For superres a DIP of these methods sees shifted photos: if it saw where the blocks begin,
+        # it could draw in them what their means do not show.
+        self.shifts = o.turns and task.scale > 1 and o.method in ("staged", "primed")
         self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
@@ -1166,10 +1166,7 @@ class Fit:
     def descend(self, y: Tensor, task: Task, rungs: list, average: Tensor) -> Iterator[Stage]:
         """Down the ladder from a first guess of the image; yields what each rung leaves behind."""
         o = self.o
-        # A pair may be turned (Theorem 3 of report.md). For superres a DIP sees shifted photos: if
-        # it saw where the blocks begin, it could draw in them what their means do not show.
-        turning = o.turns and o.target == "conjugate"
-        shifting = o.turns and self.mixes and not self.told
+        turning = o.turns and o.target == "conjugate"       # Theorem 3 of report.md
         side = hole_side(task.known(y))         # of the squares of pixels that are hidden
         g = 0
         for a, steps in rungs:                                  # the most noise first
@@ -1179,7 +1176,7 @@ class Fit:
                 z1, level, z2, z2_task = self.draw_pair(y, task, base, a, side)
                 if turning:
                     g = int(torch.randint(8, (), generator=self.gen))
-                if shifting:
+                if self.shifts:
                     output = self.shifted_output(z1, level, task.scale)
                 else:
                     output = turned_back(self.net(turned(z1, g), level), g)
@@ -1309,8 +1306,8 @@ class Fit:
 
     def mixed(self, image: Tensor) -> Tensor:
         """An estimate as it counts in the answer: for superres, with staged and adapt, its mean
-        with `first`, whose errors differ. That is the interpolation, or the DDPM's answer before
-        its fit, or, for a DIP after it, the fitted DDPM's. R sees too little to choose a share."""
+        with `first`, the interpolation, or the DDPM's answer before its fit. Their errors differ,
+        and R sees too little to choose a share."""
         if self.mixes:
             return self.first.lerp(image, 0.5)
         return image
@@ -1395,21 +1392,19 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     yield replace(stage, step=steps, scores={}, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
-# Lesson 3. Where pixels are missing, the DDPM is told the known ones, and answers in one call. But
-# it knows photos in general, not this one. So a DIP is fitted to y that sees this answer, drowned
-# in falling noise, in place of a random z (method "primed" of section 5). Then the DDPM speaks once
-# more: it begins at the DIP's estimate, drowned in noise at a time t0, and is told the DIP as its
-# guess. The three estimates have different errors, which partly cancel in their mean, the answer;
-# the first counts half.
+# Lesson 3. Where y has no noise the DDPM is told y, and answers in one call. But it knows photos in
+# general, not this one. So a DIP is fitted to y that sees this answer, drowned in falling noise, in
+# place of a random z (method "primed" of section 5). Then the DDPM speaks once more: it begins at
+# the DIP's estimate, drowned in so much noise that the start hardly counts, and is averaged with
+# the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The three estimates
+# have different errors, which partly cancel in their mean, the answer; the first counts half.
+# A DDPM that was trained on DIPs knows how far to trust them: it is told the DIP as its guess, in
+# place of the weighted mean. So is, where pixels are missing, one that has learned many tasks.
 #
-# Elsewhere the DIP is that of lesson 2. Where y is noisy the DDPM is told nothing, and begins where
-# the noise just hides the DIP's error; for superres it is told y, and begins with so much noise
-# that the start hardly counts. At each call the two are averaged by precision (for superres, which
-# has no R, the DIP's error is taken to be START_ERROR). A DDPM that was trained on DIPs is told the
-# DIP there, too: it has learned how far to trust one.
+# Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise
+# just hides the DIP's error, and is averaged with the DIP by precision at each call.
 # The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is. If y has no noise and the photo is small, a DIP follows, which is primed where
-# pixels are missing.
+# photo, as a DIP is. If y has no noise and the photo is small, a primed DIP follows.
 # To run lesson 3: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
@@ -1814,7 +1809,7 @@ PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 TASKS = "denoise:SIGMA (at most 255), inpaint:SHARE (missing, at most 1), superres:2|3|4|6|8"
 START_ERROR = 25 / 127.5        # the level of a start's error where that is not known
 SAVE_EVERY = 100                # steps of a training
-DEFAULT_PRIORS = {kind: f"runs/train/{kind}.pt" for kind in ("none", "dip")}
+PRIORS = "runs/train"           # the folder of the priors that are trained where they are missing
 CONFIG = "prior task t_max dips schedule batch patch width lr seed".split()
 
 def given(args) -> dict:
@@ -2208,17 +2203,38 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     spread = samples.var(dim=0, correction=0).mean().sqrt().item()
     return dict(psnr_mean=mean, psnr_sample=alone, spread=spread * 127.5)
 
+def told_task(args) -> str | None:
+    """The --task, as 'inpaint:0.8' or 'superres:4', if the DDPM is told y of it in every call; else
+    None (method guide asks it untold, too)."""
+    name, number = parse_task(args.task)
+    if name == "denoise" or number in (None, 1):
+        return None
+    told = args.command == "sample" and not args.no_clue and args.method != "guide"
+    if told or args.method in ("adapt", "primed"):
+        return f"{name}:{number:.15g}"
+    return None
+
+def default_prior(args) -> str:
+    """The path of the prior that is taken where none is named: from noise one of all t; else one
+    that has learned the task alone, if it is told y of it, or else many tasks."""
+    task = told_task(args)
+    if args.init == "noise":
+        return f"{PRIORS}/none.pt"
+    if task is not None:
+        return f"{PRIORS}/{task.replace(':', '-')}.pt"
+    return f"{PRIORS}/dip.pt"
+
 def prior_path(args) -> str | None:
-    """Where the prior lies, if one is asked for: from noise one of all t, else of t <= t_max."""
+    """Where the prior lies, if one is asked for."""
     if args.command == "fit-dip" and args.method not in WITH_DDPM:
         return None
-    kind = "none" if args.init == "noise" else "dip"
-    return args.ckpt or DEFAULT_PRIORS[kind]
+    return args.ckpt or default_prior(args)
 
 def load_prior(args, channels: int) -> Prior:
     """The Prior in --ckpt, or the default one, which is trained where it is missing."""
     path = prior_path(args)
-    if path in DEFAULT_PRIORS.values() and not os.path.exists(path):
+    trainable = (default_prior(args), f"{PRIORS}/none.pt", f"{PRIORS}/dip.pt")
+    if path in trainable and not os.path.exists(path):
         train_default_prior(path, args.device.type)
     remedy = "train another: train --prior dip, or none, to start from noise"
     _, prior = attempt("--ckpt", path, remedy, read_checkpoint)
@@ -2226,11 +2242,9 @@ def load_prior(args, channels: int) -> Prior:
         fail(f"--ckpt: {path} knows grey photos only; train another on colour photos")
     if args.init == "noise" and prior.t_max < prior.schedule.T:
         fail(f"--ckpt: {path} knows t <= {prior.t_max} only; train one with --prior none")
-    told = args.command == "sample" and not args.no_clue and args.method != "guide"
-    if args.method in ("adapt", "primed"):
-        told = True
-    if prior.task and not (told and parse_task(args.task) == parse_task(prior.task)):
-        fail(f"--ckpt: {path} can only be told y of --task {prior.task}; train another")
+    task = told_task(args)
+    if prior.task and (task is None or parse_task(task) != parse_task(prior.task)):
+        fail(f"--ckpt: {path} can only be told y of --task {prior.task}; leave --ckpt out")
     if (args.start or 0) > prior.t_max:
         fail(f"--start: {path} knows t <= {prior.t_max} only; give a smaller one")
     return prior.to(args.device, memory_format=torch.channels_last)
@@ -2243,11 +2257,14 @@ def read_checkpoint(path: str) -> tuple[dict, Prior]:
 def train_default_prior(path: str, device: str):
     """Train in a folder of its own, which two processes cannot enter at once; it can be resumed."""
     say(f"there is no prior yet: {path} is trained on images/train, once")
-    kind = os.path.basename(path)[:-3]
+    name = os.path.basename(path)[:-3]
+    kind = "none" if name == "none" else "dip"
     folder = path[:-3] + "-unfinished"
     unfinished = f"{folder}/{kind}.pt"
     lock = f"{folder}/busy"
     command = ["train", "--prior", kind, "--out", folder, "--device", device]
+    if name not in ("none", "dip"):
+        command += ["--task", name.replace("-", ":", 1)]
     if os.path.exists(unfinished):
         command.append("--resume")
     attempt("--ckpt", folder, "name a prior with --ckpt", make_folder)
@@ -2292,8 +2309,8 @@ def checkpoint(args, path: str, channels: int) -> dict:
         name, number = parse_task(args.task)
         if name == "denoise" or number in (None, 1):
             fail("--task: give inpaint:SHARE, below 1, or superres:S; or leave it out")
-        if args.out == "runs/train":
-            fail("--out: give a DDPM of one task a folder of its own; here lie those of many tasks")
+        if args.out == PRIORS:
+            fail(f"--out: give a DDPM of one task its own folder; {PRIORS} holds the default ones")
         if name == "superres" and args.patch % number > 0:
             fail(f"--patch: give a multiple of {number:g}, the side of the blocks of {args.task}")
     if args.dips > 0 and args.batch < 4:
@@ -2645,7 +2662,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--told", type=partial(real, 255), help="level told to the fit; 0: estimated (SIGMA)")
         add("--noise", choices=["auto", "white"], help="auto: as found; white: assumed (auto)")
         add("--size", type=partial(whole, 10 ** 5), help="centre crop (all of --image; else 128)")
-        add("--ckpt", help="prior (runs/train/dip.pt or none.pt, trained where missing)")
+        add("--ckpt", help="prior (in runs/train, by task; trained where missing)")
         add_settings(command.add_argument_group("how the DIP is fitted"))
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
@@ -2696,12 +2713,13 @@ def refuse_idle_flags(args):
     o = with_roles(Settings(**given(args)), kind)
     told = is_told(o, kind)
     primed = o.method == "primed"
+    shifts = kind == "blocks" and o.method in ("staged", "primed")
     single = args.nets == 1 or (args.init == "dip" and args.nets is None)
     calls = args.steps or (20 if args.init == "noise" else 1)
     if told and args.init == "dip":
         fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
-    if primed and (name != "inpaint" or args.no_clue):
-        fail("--method: primed needs inpaint, and a DDPM that is told y; say --method staged")
+    if primed and (name == "denoise" or args.no_clue):
+        fail("--method: primed needs a DDPM that is told y; say --method staged")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2709,8 +2727,7 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate" and (kind, o.method) != ("blocks", "staged"), ["turns"],
-         "without the conjugate target"),
+        (o.target != "conjugate" and not shifts, ["turns"], "without the conjugate target"),
         (told or primed, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
@@ -2755,7 +2772,7 @@ def parse(argv: list) -> argparse.Namespace:
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
         if args.init == "dip" and args.method is None:
-            plain = args.no_clue or args.no_guide or not args.task.startswith("inpaint")
+            plain = args.no_clue or args.no_guide or args.task.startswith("denoise")
             args.method = "staged" if plain else "primed"
         refuse_idle_flags(args)
     if args.command == "evaluate":

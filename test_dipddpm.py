@@ -1220,12 +1220,15 @@ def test_a_told_prior_learns_the_one_image(task, x):
     for answer in (before, after):
         torch.testing.assert_close(task.forward(answer), y, atol=1e-5, rtol=0)
 
+TWICE = D.Task("superres:2", scale=2)
+
 @pytest.mark.parametrize("nets", [2, 3])
-def test_a_told_prior_is_followed_by_dips_that_see_its_answer(nets):
+@pytest.mark.parametrize("task", [HOLES, TWICE], ids=["holes", "blocks"])
+def test_a_told_prior_is_followed_by_dips_that_see_its_answer(task, nets):
     """Their input is that answer and falling noise, from 4 to 1 units of 0.2; it counts half in the mean."""
-    y = HOLES.forward(smooth_image(12))
-    *_, alone = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10, nets=1)
-    *stages, last = D.fit_dip(y, HOLES, tiny_prior(), method="adapt", iters=10, nets=nets)
+    y = task.forward(smooth_image(12))
+    *_, alone = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=1)
+    *stages, last = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=nets)
     total = alone.answer / 2
     for number in range(1, nets):
         seen = [stage for stage in stages if stage.number == number]
@@ -1235,47 +1238,30 @@ def test_a_told_prior_is_followed_by_dips_that_see_its_answer(nets):
         for stage in seen:
             noise = stage.input - alone.answer
             assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
-        total = total + torch.where(HOLES.known(y) > 0, y, seen[-1].average)
+        total = total + task.keep_known(seen[-1].average, y)
     torch.testing.assert_close(last.answer, total / (nets - 0.5))
 
-@pytest.mark.parametrize("nets", [2, 3])
-def test_where_blocks_are_known_a_told_prior_is_followed_by_dips_of_lesson_2(nets):
-    """They begin at its answer, see their own estimate and falling noise, and count half against it."""
-    task = D.Task("superres:2", scale=2)
-    y = task.forward(smooth_image(16))
-    *_, alone = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=1)
-    *stages, last = D.fit_dip(y, task, tiny_prior(), method="adapt", iters=10, nets=nets)
-    total = alone.answer
-    for number in range(1, nets):
-        seen = [stage for stage in stages if stage.number == number]
-        levels = [stage.level for stage in seen]
-        assert (len(seen), seen[0].step, seen[-1].step) == (20, 40 * number - 28, 40 * number + 10)
-        assert levels == sorted(levels, reverse=True) and levels[::19] == pytest.approx([0.6, 0.08])
-        for before, stage in zip([alone.answer] + [stage.average for stage in seen], seen):
-            noise = stage.input - before
-            assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
-        total = total + (alone.answer + seen[-1].average) / 2
-    torch.testing.assert_close(last.answer, total / nets)
-
 @pytest.mark.parametrize("brief", [False, True])
-def test_a_primed_dip_sees_what_the_prior_makes_of_y(brief):
+@pytest.mark.parametrize("task", [HOLES, TWICE], ids=["holes", "blocks"])
+def test_a_primed_dip_sees_what_the_prior_makes_of_y(task, brief):
     """Its input is the prior's answer and falling noise; fit-dip's answer is a third of it and two thirds
     of the DIP, sample's the DIP."""
-    y = HOLES.forward(smooth_image(12))
+    y = task.forward(smooth_image(12))
     prior = Shrink()
-    views = [D.turned_back(0.1 * D.turned(HOLES.interpolate(y), g), g) for g in range(8)]
-    told = torch.where(HOLES.known(y) > 0, y, sum(views) / 8)
-    *stages, last = D.fit_dip(y, HOLES, prior, method="primed", iters=40, brief=brief)
+    views = [D.turned_back(0.1 * D.turned(task.interpolate(y), g), g) for g in range(8)]
+    told = task.keep_known(sum(views) / 8, y)
+    torch.testing.assert_close(task.forward(told), y)
+    *stages, last = D.fit_dip(y, task, prior, method="primed", iters=40, brief=brief)
     assert [stage.step for stage in stages] == list(range(2, 41, 2))
     assert [stage.level for stage in stages][::19] == pytest.approx([1.2, 0.3])
     for stage in stages:
         noise = stage.input - told
         assert noise.std().item() == pytest.approx(stage.level, rel=0.15) and torch.equal(stage.target, y)
-    dip = torch.where(HOLES.known(y) > 0, y, stages[-1].average)
+    dip = task.keep_known(stages[-1].average, y)
     torch.testing.assert_close(last.answer, dip if brief else (told + 2 * dip) / 3)
-    *stages, last = D.fit_dip(y, HOLES, prior, method="primed", iters=20, nets=2, brief=brief)
+    *stages, last = D.fit_dip(y, task, prior, method="primed", iters=20, nets=2, brief=brief)
     two = [[stage for stage in stages if stage.number == number][-1].average for number in (0, 1)]
-    dips = [torch.where(HOLES.known(y) > 0, y, dip) for dip in two]
+    dips = [task.keep_known(dip, y) for dip in two]
     torch.testing.assert_close(last.answer, sum(dips) / 2 if brief else (told + 2 * sum(dips)) / 5)
 
 @pytest.mark.parametrize("input", ["observed", "estimate"])
@@ -1417,12 +1403,14 @@ def test_enlarging_the_dip_cannot_see_where_the_blocks_begin():
 
 @pytest.mark.parametrize("task, options, expected", [
     (D.Task("blocks", scale=4), {}, True), (D.Task("blocks", scale=4), dict(turns=0), False),
-    (D.Task("blocks", scale=4), dict(method="dip"), False),
+    (D.Task("blocks", scale=4), dict(method="primed"), True), (D.Task("blocks", scale=4), dict(method="dip"), False),
+    (HOLES, dict(method="primed"), False), (D.Task("blocks", scale=4), dict(method="adapt"), False),
     (D.Task("blocks", scale=4), dict(method="selfdiff"), False), (NOISY, {}, False), (HOLES, {}, False)])
 def test_only_the_dip_of_superres_is_shifted(monkeypatch, task, options, expected):
     shifts, original = [], torch.roll
     monkeypatch.setattr(torch, "roll", lambda *args: shifts.append(args[1]) or original(*args))
-    list(D.fit_dip(task.forward(smooth_image(12)), task, nets=1, **SMALL, **options))
+    prior = tiny_prior() if "method" in options else None
+    list(D.fit_dip(task.forward(smooth_image(12)), task, prior, nets=1, **SMALL, **options))
     assert bool(shifts) == expected
     if expected:
         assert len(shifts) == 2 * SMALL["iters"] and len(set(shifts)) > 8
@@ -1580,6 +1568,7 @@ def test_what_each_method_takes_by_default():
             ("adapt", HOLES, "first", "conjugate", "fixed", 40, 2, 5, 0.65, 0.65, 0.0, "adam", 1e-3, "squares"),
             ("adapt", blocks, "first", "conjugate", "fixed", 60, 2, 5, 3.0, 0.4, 0.0, "adam", 3e-4, "gradient"),
             ("primed", HOLES, "first", "plain", "fixed", 160, 1, 20, 6.0, 1.5, 0.0, "muon", 0.05, "squares"),
+            ("primed", blocks, "first", "plain", "fixed", 160, 1, 20, 6.0, 1.5, 0.0, "muon", 0.05, "gradient"),
             ("dip", NOISY, "fixed", "plain", *classic), ("targets", NOISY, "fixed", "noisy", *classic),
             ("selfdiff", NOISY, "estimate", "plain", *classic), ("guide", NOISY, "fixed", "plain", *classic)):
         o = settings(task, method=method)
@@ -2317,13 +2306,13 @@ def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, ph
     assert joined["psnr_ddpm"] == alone["psnr"] != joined["psnr"]
 
 @pytest.mark.parametrize("extra, method", [
-    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "staged"), ("--task denoise:25", "staged"),
+    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "primed"), ("--task denoise:25", "staged"),
     ("--no-clue", "staged"), ("--no-guide", "staged"), ("--method dip", "dip")])
-def test_a_join_is_primed_where_pixels_are_missing(extra, method):
+def test_a_join_is_primed_where_the_ddpm_is_told_y(extra, method):
     assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
 
-@pytest.mark.parametrize("extra, parts", [([], 3), (["--no-guide"], 1), (["--no-clue"], 1),
-                                          (["--method", "staged"], 1)])
+@pytest.mark.parametrize("extra, parts", [([], 3), (["--task", "superres:2"], 3), (["--no-guide"], 1),
+                                          (["--no-clue"], 1), (["--method", "staged"], 1)])
 def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
     """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP; the first counts half."""
     drawn, pages = [], []
@@ -2361,9 +2350,35 @@ def test_where_a_noisy_photo_starts_and_what_joins_it(tmp_path, photo, priors, m
         assert level == pytest.approx(sigma) and t0 == D.NoiseSchedule().start_t(risk or sigma ** 2)
         assert join.get("y") is None and join["eta"] == 1 and join.get("risk") == risk
 
-def test_the_default_prior_is_that_of_the_start():
-    assert D.prior_path(D.parse(["sample"])) == D.DEFAULT_PRIORS["none"]
-    assert D.prior_path(D.parse(["sample", "--init", "observed"])) == D.DEFAULT_PRIORS["dip"]
+@pytest.mark.parametrize("words, name", [
+    ("sample", "none"), ("sample --task superres:4", "none"), ("sample --init observed", "inpaint-0.8"),
+    ("sample --init dip --task inpaint:0.50", "inpaint-0.5"), ("sample --init dip --task superres:4.0", "superres-4"),
+    ("sample --init dip --task inpaint:0.123456789", "inpaint-0.123456789"),
+    ("sample --init dip --task inpaint:0.00001", "inpaint-1e-05"),
+    ("sample --init dip --no-clue", "dip"), ("sample --init dip --method guide", "dip"),
+    ("sample --init dip --task inpaint:1", "dip"), ("sample --init dip --task inpaint", "dip"),
+    ("sample --init dip --task denoise:25", "dip"), ("fit-dip --method adapt", "dip"),
+    ("fit-dip --method adapt --task superres:2", "superres-2"), ("fit-dip --method guide --task superres:2", "dip"),
+    ("fit-dip --method primed --task inpaint:0.8", "inpaint-0.8")])
+def test_the_default_prior_is_that_of_the_start_and_of_the_task(words, name):
+    assert D.prior_path(D.parse(words.split())) == f"runs/train/{name}.pt"
+
+def test_a_method_without_a_ddpm_has_no_prior():
+    assert D.prior_path(D.parse(["fit-dip", "--task", "superres:4"])) is None
+
+@pytest.mark.parametrize("words, trained", [
+    ("--init observed --task superres:2", ("dip", "superres:2")),
+    ("--init observed --task inpaint:0.00001", ("dip", "inpaint:1e-05")), ("--init observed --task denoise:25", ("dip", None)),
+    ("--task superres:2", ("none", None)), ("--ckpt runs/train/none.pt", ("none", None)),
+    ("--init observed --ckpt runs/train/dip.pt", ("dip", None))])
+def test_what_is_trained_by_default(tmp_path, photo, default_prior, words, trained):
+    assert run("sample", "--steps", 1, "--samples", 1, "--image", photo, *words.split()) == 0
+    assert [entry[:2] for entry in default_prior] == [trained]
+
+def test_a_prior_that_is_named_is_not_trained(photo, default_prior, capsys):
+    assert run("sample", "--init", "observed", "--image", photo, "--ckpt", "runs/train/superres-4.pt") == 2
+    one_line(capsys, "--ckpt")
+    assert default_prior == []
 
 def test_the_mask_is_in_the_fingerprint(tmp_path, photo):
     flags = ["--image", str(photo), "--task", "inpaint", "--mask", str(photo), "--out", str(tmp_path)]
@@ -2603,7 +2618,7 @@ def test_ctrl_c_while_sampling_keeps_the_start(tmp_path, photo, priors, monkeypa
     first four calls are those of the control."""
     D.to_image(smooth_image(channels=1)).save(photo)
     monkeypatch.setattr(D, "predict_x0", interrupt_at(call, D.predict_x0))
-    flags = ["--image", photo, "--task", "superres:4", *(TINY if init == "dip" else [])]
+    flags = ["--image", photo, "--task", "superres:4", *([*TINY, "--method", "staged"] if init == "dip" else [])]
     assert run("sample", "--init", init, *flags, "--ckpt", priors / "dip.pt", "--samples", 2, "--steps", 4,
                "--out", tmp_path / "cut") == 130
     metrics = outputs(tmp_path / "cut", SAMPLE_KEYS)
@@ -2632,7 +2647,7 @@ def default_prior(tmp_path, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained, original = [], D.cmd_train
     def small(args):
-        trained.append((args.prior, args.resume))
+        trained.append((args.prior, args.task, args.resume))
         args.data, args.steps, args.batch, args.patch, args.width, args.dips = str(data), 4, 2, 16, 8, 0
         return original(args)
     monkeypatch.setattr(D, "cmd_train", small)
@@ -2643,21 +2658,23 @@ SAMPLE = ["sample", "--init", "dip", *TINY, "--steps", 2, "--samples", 1, "--ima
 def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, default_prior):
     for _ in range(2):
         assert run(*SAMPLE, photo) == 0
-    assert default_prior == [("dip", False)]
-    assert load(tmp_path / "runs" / "train" / "dip.pt")["config"]["t_max"] == 397
+    assert default_prior == [("dip", "inpaint:0.8", False)]
+    config = load(tmp_path / "runs" / "train" / "inpaint-0.8.pt")["config"]
+    assert config["t_max"] == 397 and config["task"] == "inpaint:0.8"
 
 def test_an_interrupted_default_prior_is_resumed(tmp_path, photo, default_prior, monkeypatch):
     assert run(*SAMPLE, photo) == 0
-    whole = load(tmp_path / "runs" / "train" / "dip.pt")
+    whole = load(tmp_path / "runs" / "train" / "inpaint-0.8.pt")
     os.rename(tmp_path / "runs", tmp_path / "before")
     monkeypatch.setattr(D, "SAVE_EVERY", 1)
     monkeypatch.setattr(D, "random_patches", interrupt_at(3, D.random_patches))
-    assert run(*SAMPLE, photo) == 130 and not (tmp_path / "runs" / "train" / "dip.pt").exists()
-    assert run(*SAMPLE, photo) == 0 and default_prior[1:] == [("dip", False), ("dip", True)]
-    assert same_weights(whole, load(tmp_path / "runs" / "train" / "dip.pt"))
+    assert run(*SAMPLE, photo) == 130 and not (tmp_path / "runs" / "train" / "inpaint-0.8.pt").exists()
+    assert run(*SAMPLE, photo) == 0
+    assert default_prior[1:] == [("dip", "inpaint:0.8", False), ("dip", "inpaint:0.8", True)]
+    assert same_weights(whole, load(tmp_path / "runs" / "train" / "inpaint-0.8.pt"))
 
 def test_two_processes_do_not_train_one_prior(tmp_path, photo, default_prior, capsys):
-    busy = tmp_path / "runs" / "train" / "dip-unfinished" / "busy"
+    busy = tmp_path / "runs" / "train" / "inpaint-0.8-unfinished" / "busy"
     busy.mkdir(parents=True)
     assert run(*SAMPLE, photo) == 2 and default_prior == []
     one_line(capsys, "--ckpt", "busy")
@@ -2965,7 +2982,7 @@ fit-dip P --method adapt --task inpaint:0.5 --nets 1 --width 16 -> --width
 fit-dip P --method adapt --task inpaint:0.5 --tail 0.2 -> --tail
 fit-dip P --method adapt --task inpaint:0.5 --stop holdout -> --stop
 fit-dip P --method primed --task denoise:25 -> --method
-fit-dip P --method primed --task superres:4 -> --method
+sample --init dip P --method primed --task denoise:25 -> --method
 fit-dip P --method primed --task inpaint:0.5 --stop holdout -> --stop
 fit-dip P --method primed --task inpaint:0.5 --turns 0 -> --turns
 sample --init dip P --method primed --no-clue -> --method
