@@ -890,6 +890,11 @@ def splits(o: Settings, task: Task) -> bool:
     """Whether the pair is made of pixels: those that are seen, and those that are hidden."""
     return o.target == "conjugate" and task.kind() == "holes"
 
+def shifts(o: Settings, kind: str) -> bool:
+    """Whether a network sees shifted photos, if turns are on: for superres, where it could else see
+    where the blocks begin, and draw in them what their means do not show."""
+    return kind == "blocks" and o.method in ("staged", "primed")
+
 def with_roles(o: Settings, kind: str) -> Settings:
     """What the network sees and aims at, and what picks the answer, where o leaves these open.
 
@@ -912,6 +917,7 @@ def with_roles(o: Settings, kind: str) -> Settings:
 DEFAULTS = dict(iters=1000, nets=1, rungs=30, high=3.0, low=0.4, tail=0.0, optimiser="adam",
                 lr=0.01, loss="squares")
 MUON = dict(optimiser="muon", lr=0.05)
+PRIMED = dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON)
 BY_TASK = {         # the method, and what the observation has: noise, holes, or means of blocks
     ("staged", "noise"): dict(iters=250, nets=2, high=2.0, tail=0.25, **MUON),
     ("staged", "holes"): dict(iters=200, nets=2, high=1.5, tail=0.25, **MUON),
@@ -921,8 +927,8 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
     # a of 0.65: three in ten of the known pixels are hidden.
     ("adapt", "holes"): dict(iters=40, nets=2, rungs=5, high=0.65, low=0.65, lr=1e-3),
     ("adapt", "blocks"): dict(iters=60, nets=2, rungs=5, lr=3e-4, loss="gradient"),
-    ("primed", "holes"): dict(iters=160, rungs=20, high=6.0, low=1.5, **MUON),
-    ("primed", "blocks"): dict(iters=160, rungs=20, high=6.0, low=1.5, loss="gradient", **MUON),
+    ("primed", "holes"): PRIMED,
+    ("primed", "blocks"): PRIMED | dict(loss="gradient"),
 }
 
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
@@ -1149,9 +1155,7 @@ class Fit:
             net = SkipNet(channels, channels, o.width, o.depth)
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.kind())
-        # For superres a DIP of these methods sees shifted photos: if it saw where the blocks begin,
-        # it could draw in them what their means do not show.
-        self.shifts = o.turns and task.scale > 1 and o.method in ("staged", "primed")
+        self.shifts = o.turns and shifts(o, task.kind())
         self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
@@ -2713,7 +2717,6 @@ def refuse_idle_flags(args):
     o = with_roles(Settings(**given(args)), kind)
     told = is_told(o, kind)
     primed = o.method == "primed"
-    shifts = kind == "blocks" and o.method in ("staged", "primed")
     single = args.nets == 1 or (args.init == "dip" and args.nets is None)
     calls = args.steps or (20 if args.init == "noise" else 1)
     if told and args.init == "dip":
@@ -2727,7 +2730,8 @@ def refuse_idle_flags(args):
         (name != "denoise", ["told", "hold", "noise"], "without noise"),
         (name == "denoise" or number == 1, ["no_clue"], "where nothing is told"),
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
-        (o.target != "conjugate" and not shifts, ["turns"], "without the conjugate target"),
+        (o.target != "conjugate" and not shifts(o, kind), ["turns"],
+         "without the conjugate target"),
         (told or primed, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
