@@ -252,8 +252,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)[..., :height, :width]
 
 @torch.no_grad()
-def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tensor:
-    """network(x, *more) tile by tile, in bounded memory; the margin is as far as the UNet looks."""
+def tiled(network, x: Tensor, *more, side: int = 768, margin: int = 160) -> Tensor:
+    """network(x, *more) tile by tile, in bounded memory. No network looks beyond the margin."""
     rows = []
     for top in range(0, x.shape[2], side):
         row = []
@@ -269,8 +269,8 @@ def tiled(network, x: Tensor, *more, side: int = 512, margin: int = 96) -> Tenso
 # ---- 3. The observation: y = A x + sigma n ------------------------------------------------------
 # A hides pixels of the clean image x, or averages them; there may be noise, too. An observation can
 # be split in two parts: one is fitted, and the other judges the fit. What the judge says, R, is all
-# that is known of the error of a fit. From `find_noise` on the section finds the noise of a photo.
-# No lesson needs that: at a first reading go on with section 4.
+# that is known of the error of a fit. From `Noise` on the section is about the noise of a photo. No
+# lesson needs more of it than white noise: at a first reading go on with section 4.
 
 @dataclass
 class Task:
@@ -404,7 +404,7 @@ def hole_side(mask: Tensor) -> int:
     depth = 0.0
     reached = mask
     # Known pixels grow by one ring at a time; the mean number of rings is the depth.
-    while 0 < reached.mean() < 1:
+    while reached.any() and not reached.all():
         depth += ((1 - reached).sum() / (1 - mask).sum()).item()
         reached = F.max_pool2d(reached, 3, stride=1, padding=1)
     # A square of side S has the depth S / 6 + 1 / 2. This is solved for S, with the depth rounded
@@ -873,8 +873,8 @@ class Settings:
                          "method)", (1e-3, 100))
     rungs: int = setting(None, "stages of each network (staged 30; else by method)", (1, 10 ** 7))
     fresh: int = setting(1, "1: draw new noise in each step; 0: only in each rung", (0, 1))
-    turns: int = setting(1, "1: turn and mirror the conjugate pair (superres: shift it by less "
-                         "than a block); 0: do not", (0, 1))
+    turns: int = setting(1, "1: turn and mirror the conjugate pair (superres: shift what is seen "
+                         "by less than a block); 0: do not", (0, 1))
     loss: str = setting(None, "gradient: edges count (squares; superres with staged, "
                         "adapt or primed: gradient)", ["squares", "gradient"])
     weight: float = setting(1.0, "factor of the term that method guide adds to the loss", (0, 1e6))
@@ -947,7 +947,7 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     if o.stop != "holdout" or o.target != "conjugate":
         values["tail"] = 0.0            # it needs a judge and a pair: else it would learn the noise
     if o.optimiser not in (None, values["optimiser"]):
-        values["lr"] = {"muon": 0.05, "adam": 0.01}[o.optimiser]
+        values["lr"] = {"muon": MUON, "adam": DEFAULTS}[o.optimiser]["lr"]
     o = replace(o, **{name: v for name, v in values.items() if getattr(o, name) is None})
     if o.stop in ("wmv", "emv"):        # these rules look at every step
         return replace(o, rungs=o.iters)
@@ -1194,7 +1194,7 @@ class Fit:
             average = task.keep_known(average, y)
             mse = z2_task.mse(output, z2).item()
             noiseless = self.told or (splits(o, task) and o.input == "observed")
-            noise = 0.0 if noiseless else level
+            noise = 0.0 if noiseless else level         # z1 is then a clue, or an interpolation
             yield Stage(self.step, noise, z1, output.detach(), z2, mse, average)
 
     def source(self, y: Tensor, task: Task, average: Tensor) -> Tensor:
@@ -1403,7 +1403,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The three estimates
 # have different errors, which partly cancel in their mean, the answer; the first counts half.
 # A DDPM that was trained on DIPs knows how far to trust them: it is told the DIP as its guess, in
-# place of the weighted mean. So is, where pixels are missing, one that has learned many tasks.
+# place of the weighted mean. Where pixels are missing, so is one that has learned many tasks.
 #
 # Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise
 # just hides the DIP's error, and is averaged with the DIP by precision at each call.
@@ -1427,12 +1427,11 @@ def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
     for k in range(config["dips"]):
         x0 = random_patches(images, 1, side, gen).to(device) / 127.5 - 1
         share = 0.5 + 0.45 * torch.rand((), generator=gen)
-        missing = torch.rand((1, 1, side, side), generator=gen) < share
-        holes = Task("holes", mask=1 - missing.to(x0))
+        holes = random_task(f"inpaint:{share.item()}", side, gen)
         task = (holes, Task("blocks", scale=4), holes, Task("blocks", scale=2))[k % 4]
         if name is not None:
             task = random_task(name, side, gen)
-            task.mask = task.mask.to(x0)
+        task.mask = task.mask.to(x0)
         iters = int(torch.randint(40, 126, (), generator=gen))
         y = task.forward(x0)
         *_, stage = fit_dip(y, task, seed=seed + k, brief=True, iters=iters)
@@ -1891,7 +1890,7 @@ def observe(args) -> tuple:
         if mask.shape[2:] != image.shape[2:]:
             fail("--mask: its size differs from the photo's; give a mask of the same size")
         task.mask = (centre(mask, size).mean(dim=1, keepdim=True) > 0).float()
-        if task.mask.mean() in (0, 1):
+        if task.mask.all() or not task.mask.any():
             fail("--mask: all is known, or nothing; paint known pixels white, missing ones black")
     elif name == "inpaint":
         if value is None or args.observed:
@@ -1968,8 +1967,7 @@ def finish(args, x, y: Tensor, task: Task, panels: list, rows: list, chart, metr
     given_image = F.interpolate(holes_black, scale_factor=float(task.scale))
     text = f"restored in {clock(metrics['seconds'])}"
     if x is None:
-        page = [("given", given_image, "")]
-        page += [(title, image, "") for title, image in panels]
+        page = [(title, image, "") for title, image in [("given", given_image), *panels]]
     else:
         note = "" if task.sigma > 0 else "interpolated: "
         page = [("given", given_image, f"{note}{metrics['psnr_observed']:.2f} dB")]
@@ -2187,7 +2185,7 @@ def cmd_sample(args):
 
 def sample_panels(args, task: Task, samples: Tensor, mean: Tensor, steps: int) -> list:
     """What a figure shows of samples: one, after several calls, and their mean; or each, where
-    nothing is known."""
+    nothing is known: of --seed at last, since the last panel is the answer."""
     if not task.mask.any():
         return [(f"seed {args.seed + i}", v[None]) for i, v in enumerate(samples)][::-1]
     name = "joined" if args.init == "dip" else "DDPM"
@@ -2208,8 +2206,8 @@ def compare_samples(samples: Tensor, x: Tensor | None) -> dict:
     return dict(psnr_mean=mean, psnr_sample=alone, spread=spread * 127.5)
 
 def told_task(args) -> str | None:
-    """The --task, as 'inpaint:0.8' or 'superres:4', if the DDPM is told y of it in every call; else
-    None (method guide asks it untold, too)."""
+    """The --task, as 'inpaint:0.8' or 'superres:4', where a DDPM of it alone will do: one that is
+    told y in every call (guide asks it untold, too). None elsewhere; a --mask is no such task."""
     name, number = parse_task(args.task)
     if name == "denoise" or number in (None, 1):
         return None
@@ -2298,7 +2296,7 @@ def read_array(path: str) -> list:
     if not isinstance(data, np.ndarray):
         data = data[data.files[0]]
     images = torch.from_numpy(data).reshape(*data.shape[:3], -1)
-    if images.dtype != torch.uint8 or images.shape[3] not in (1, 3) or len(images) == 0:
+    if images.dtype != torch.uint8 or images.shape[3] not in (1, 3):
         raise ValueError(f"it holds {data.dtype} of {data.shape}")
     return list(images.permute(0, 3, 1, 2))
 
@@ -2385,7 +2383,7 @@ def cmd_train(args):
     if rank > 0:
         return
     loss = state["eps_loss"][:, 1:t_max + 1].tolist()
-    metrics = dict(psnr=None, seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
+    metrics = dict(seconds=rows[-1]["seconds"], step=state["step"], eps_loss=loss)
     save(f"{args.out}/curves.png", training_curves(rows, loss))
     save(f"{args.out}/log.csv", rows)
     save(f"{args.out}/metrics.json", metrics | dict(command=args.argv))
@@ -2631,10 +2629,6 @@ def in_range(kind, low: float, high: float, text: str):
         raise argparse.ArgumentTypeError(f"{text} is not within {low}..{high}")
     return value
 
-def start_time(text: str) -> int | None:
-    """An argparse type: a time, or None for 'auto'."""
-    return None if text == "auto" else in_range(int, 1, 1000, text)
-
 def add_settings(parser):
     """A flag for each setting of a fit. None, the default, means: not given."""
     for f in fields(Settings):
@@ -2670,7 +2664,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_settings(command.add_argument_group("how the DIP is fitted"))
     add = sample.add_argument
     add("--init", choices=["noise", "observed", "dip"], default="noise", help="start (noise)")
-    add("--start", type=start_time, help="t0, 1..1000; auto: by R; if told y, at noise 2 (auto)")
+    add("--start", type=partial(whole, 1000), help="t0, 1..1000 (by R; if told y, at noise 2)")
     add("--steps", type=partial(whole, 1000), help="network calls, at most (1; from noise 20)")
     add("--samples", type=partial(whole, 1024), default=4, help="how many to average (4)")
     add("--eta", type=partial(real, 1), help="0 DDIM .. 1 ancestral; needs several calls (1)")
