@@ -843,6 +843,9 @@ TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network, to save time: 
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
+# Turns in which a DDPM answers first; 0 leaves the photo as it stands. A DDPM may know upright
+# pictures only: of digits, enlarged 4 x, eight turns lose 1.4 dB; of photos they gain 0.04.
+FIRST_TURNS = {"primed": [0, 0, 0, 0], "adapt": range(8)}
 
 def setting(default, help: str, allowed):
     """A field that is a flag, too: one of a list, or a number from low to high."""
@@ -1081,13 +1084,13 @@ def best_share(judge, first: Tensor, second: Tensor) -> float:
         return 1.0
     return share
 
-def mean_of_turns(network, image: Tensor, level: float, turns: int) -> Tensor:
+def mean_of_turns(network, image: Tensor, level: float, turns) -> Tensor:
     """The mean of what a network makes of some turns of an image. level: of the noise in it; a clue
-    has none yet, and the Prior drowns its guess in noise of this level."""
-    views = [turned_back(tiled(network, turned(image, g), level), g) for g in range(turns)]
+    has none yet, and the Prior drowns its guess in noise of this level, each time anew."""
+    views = [turned_back(tiled(network, turned(image, g), level), g) for g in turns]
     return mean_image(views)
 
-def told_answer(prior, y: Tensor, task: Task, turns: int) -> Tensor:
+def told_answer(prior, y: Tensor, task: Task, turns) -> Tensor:
     """What a DDPM that is told y makes of it: an estimate of x that keeps what y knows."""
     answer = mean_of_turns(prior, task.clue(y, y.shape[1]), TOLD_START, turns)
     return task.keep_known(answer, y)
@@ -1156,7 +1159,7 @@ class Fit:
         self.net = net.to(y.device, memory_format=torch.channels_last)
         self.told = is_told(o, task.kind())
         self.shifts = o.turns and shifts(o, task.kind())
-        self.mixes = task.scale > 1 and o.method in ("staged", "adapt")
+        self.mixes = task.scale > 1 and o.method == "staged"
         # The estimate is the mean of the outputs. But of a large photo, and from a network that is
         # told a part of y, it is what a network of averaged weights makes of all of y.
         self.windowed = in_windows(o, y, task)
@@ -1190,7 +1193,7 @@ class Fit:
                 if self.tick:
                     self.tick()
             if self.looks:
-                average = self.look(y, task, average, turns=1)
+                average = self.look(y, task, average, turns=[0])
             average = task.keep_known(average, y)
             mse = z2_task.mse(output, z2).item()
             noiseless = self.told or (splits(o, task) and o.input == "observed")
@@ -1256,7 +1259,7 @@ class Fit:
         fifth of the steps; and 0.01 from step 500 on, which averages about the last 100."""
         return max(0.01, min(1, 5 / self.step))
 
-    def look(self, y: Tensor, task: Task, average: Tensor, turns: int) -> Tensor:
+    def look(self, y: Tensor, task: Task, average: Tensor, turns) -> Tensor:
         """The averaged network's estimate, in tiles, from the whole of the y that is given, and not
         from windows: the mean of some turns."""
         if self.told:
@@ -1268,7 +1271,7 @@ class Fit:
         part may have been held out, and in more turns."""
         if not self.looks:
             return average
-        return self.look(y, task, average, turns=8 if self.told else 4)
+        return self.look(y, task, average, turns=range(8 if self.told else 4))
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1309,9 +1312,8 @@ class Fit:
             network.load_state_dict(weights)
 
     def mixed(self, image: Tensor) -> Tensor:
-        """An estimate as it counts in the answer: for superres, with staged and adapt, its mean
-        with `first`, the interpolation, or the DDPM's answer before its fit. Their errors differ,
-        and R sees too little to choose a share."""
+        """An estimate as it counts in the answer: for superres, with staged, its mean with `first`,
+        the interpolation. Their errors differ, and R sees too little to choose a share."""
         if self.mixes:
             return self.first.lerp(image, 0.5)
         return image
@@ -1332,9 +1334,8 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     answer is the mean of theirs, but a network that raises R is left out where it saw all pixels.
     A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP
     (`with_first`), unless brief. Where pixels are missing staged is mixed with the interpolation,
-    if R says so (`best_share`). For superres staged and adapt mix each answer with the one that
-    its network began at (`Fit.mixed`). If a photo's own noise was found, detail is put back
-    (`give_back`).
+    if R says so (`best_share`); for superres it always is (`Fit.mixed`). If a photo's own noise was
+    found, detail is put back (`give_back`).
     brief: a DDPM goes on from there. By default there is then one network, and it makes fewer
     steps, unless it is primed.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
@@ -1352,7 +1353,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     paired = splits(o, task)
     answers, blind = [], []             # of each network, and before it saw what was held out
     if o.input == "first":              # of primed; of adapt, if it is told y
-        start = told_answer(prior, y, task, turns=8)
+        start = told_answer(prior, y, task, FIRST_TURNS[o.method])
     steps = 0
     for number, own in enumerate(in_turn(o, task)):
         if number == 1 and fit.told:
