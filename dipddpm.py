@@ -843,8 +843,8 @@ TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network, to save time: 
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
-# Turns in which a DDPM answers first; 0 leaves the photo as it stands. A DDPM may know upright
-# pictures only: of digits, enlarged 4 x, eight turns lose 1.4 dB; of photos they gain 0.04.
+# Turns in which a DDPM answers first, each time to new noise; 0 leaves the photo as it stands. It
+# may know upright pictures only: of digits (4 x) eight turns lose 1.4 dB, of photos they gain 0.04.
 FIRST_TURNS = {"primed": [0, 0, 0, 0], "adapt": range(8)}
 
 def setting(default, help: str, allowed):

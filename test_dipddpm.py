@@ -1133,9 +1133,11 @@ class Shrink(nn.Module):
 
     def __init__(self, weight=torch.tensor(0.1)):
         super().__init__()
-        self.w = nn.Parameter(weight)
+        self.w = nn.Parameter(weight.clone())
+        self.calls = 0
 
     def forward(self, z, sigma):
+        self.calls += 1
         return self.w * z[:, :3]                                    # of a clue, its guess
 
 VARIANTS = [(task, dict(method=method)) for method in D.METHODS for task in (NOISY, HOLES)
@@ -1277,13 +1279,14 @@ def test_the_answer_of_a_fitted_ddpm_alone_is_its_last_look(task, monkeypatch):
 @pytest.mark.parametrize("brief", [False, True])
 @pytest.mark.parametrize("task", [HOLES, TWICE], ids=["holes", "blocks"])
 def test_a_primed_dip_sees_what_the_prior_makes_of_y(task, brief):
-    """Its input is the prior's answer to the photo as it stands, and falling noise; fit-dip's answer is a
-    third of that answer and two thirds of the DIP, sample's the DIP."""
+    """Its input is the mean of the prior's four answers to the photo as it stands, and falling noise;
+    fit-dip's answer is a third of that mean and two thirds of the DIP, sample's the DIP."""
     y = task.forward(smooth_image(12))
     half = torch.linspace(0, 0.2, 12)           # a prior for which left and right are not alike
     prior = Shrink(half)
     told = kept(task, half * task.interpolate(y), y)
     *stages, last = D.fit_dip(y, task, prior, method="primed", iters=40, brief=brief)
+    assert prior.calls == 4
     assert [stage.step for stage in stages] == list(range(2, 41, 2))
     assert [stage.level for stage in stages][::19] == pytest.approx([1.2, 0.3])
     for stage in stages:
