@@ -2567,7 +2567,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
     prior = D.Prior(load(priors / "dip.pt"))
     flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
-                                         ([], ["--start", 9], ["--no-clue", "--steps", 2],
+                                         ([], ["--start", 9], ["--start", "auto", "--no-clue", "--steps", 2],
                                           ["--steps", 3])):
         assert run(*flags, *init, *extra) == 0
         metrics = read_json(tmp_path / "metrics.json")
