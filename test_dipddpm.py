@@ -34,6 +34,7 @@ torch.set_num_threads(1)       # quick also beside other jobs; the tensors are t
 NOISY = D.Task("denoise", sigma=0.2)
 SHORT = ["--iters", 6, "--rungs", 3, "--nets", 1]
 TINY = [*SHORT, "--width", 4, "--depth", 2]
+JOINED = [*TINY, "--nets", 2]       # two networks: a DDPM that is fitted to the photo, and a DIP
 BRIEF = ["--dips", 0, "--steps", 3, "--batch", 2, "--patch", 16, "--width", 8]
 
 def run(*argv):
@@ -501,16 +502,16 @@ def test_risk_is_unbiased_for_correlated_noise():
 
 def test_give_back():
     y = smooth_image(32)
-    assert torch.allclose(D.give_back(y * 0.5, y, torch.tensor(0.0)), y)                  # no noise: the photo
-    assert torch.equal(D.give_back(y, y, torch.tensor(0.1)), y)
+    assert torch.allclose(D.give_back(y * 0.5, y, D.Noise(0.0)), y)                           # no noise: the photo
+    assert torch.equal(D.give_back(y, y, D.Noise(0.1)), y)
     xhat = y + 0.1                                  # the removed part is 0.1 everywhere
-    assert torch.equal(D.give_back(xhat, y, torch.tensor(0.1)), xhat)                     # as strong as the noise
+    assert torch.equal(D.give_back(xhat, y, D.Noise(0.1)), xhat)                              # as strong as the noise
     want = xhat - 0.1 * (1 - 1.3 * 0.05 ** 2 / 0.1 ** 2)
-    assert torch.allclose(D.give_back(xhat, y, torch.tensor(0.05)), want, atol=1e-6)
+    assert torch.allclose(D.give_back(xhat, y, D.Noise(0.05)), want, atol=1e-6)
     texture = torch.zeros(1, 3, 64, 64)
     texture[..., ::2, 40:] = 0.8                    # detail that a fit has lost, in one place
     y = texture + 0.05 * torch.randn(texture.shape, generator=D.stream(0, D.FIT))
-    got = D.give_back(torch.zeros_like(y), y, torch.tensor(0.05))
+    got = D.give_back(torch.zeros_like(y), y, D.Noise(0.05))
     assert ((got - texture)[..., 48:] ** 2).mean() < 0.05 ** 2 * 1.01
     assert ((got - texture)[..., :32] ** 2).mean() < 0.05 ** 2 * 0.1
 
@@ -519,7 +520,7 @@ def test_detail_comes_back_where_the_noise_was_found():
     plain = list(D.fit_dip(y, NOISY, **SMALL))[-1].answer
     noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.0, True, torch.ones(1, 3, 4, 4))
     found = list(D.fit_dip(y, replace(NOISY, noise=noise), **SMALL))[-1].answer
-    assert torch.equal(found, D.give_back(plain, y, torch.tensor(0.2)))
+    assert torch.equal(found, D.give_back(plain, y, D.Noise(0.2)))
     assert not torch.allclose(found, plain, atol=1e-3)
 
 def test_the_level_follows_the_brightness():
@@ -677,7 +678,7 @@ def test_noise_that_a_jpeg_hides_or_that_differs_from_place_to_place_is_not_whit
 def test_detail_is_looked_for_in_windows_of_eleven():
     y = torch.zeros(1, 3, 23, 23)
     y[..., 11, 11] = 1.1                        # its mean square in 11 x 11 pixels is 0.01
-    back = D.give_back(0 * y, y, torch.tensor(0.05))
+    back = D.give_back(0 * y, y, D.Noise(0.05))
     assert back.max().item() == pytest.approx(1.1 * (1 - 1.3 * 0.25))
 
 # ---- 4. the DDPM
@@ -1612,7 +1613,15 @@ def test_what_each_method_takes_by_default():
     assert (o.iters, o.nets) == (156, 1)
     o = D.complete(D.Settings(), NOISY, torch.zeros(1, 3, 801, 801))
     assert (o.iters, o.nets, o.rungs, o.tail) == (1000, 1, 8, 0.0)
-    assert D.in_turn(settings(HOLES), HOLES)[1].high == 3.0
+    assert D.in_turn(settings(HOLES), HOLES, torch.zeros(1, 3, 16, 16))[1].high == 3.0
+    for side, nets in ((16, 2), (200, 1)):              # large: one network; but a DDPM is followed by a DIP
+        y = torch.zeros(1, 3, side, side)
+        assert [D.complete(D.Settings(method=method), HOLES, y).nets for method in ("staged", "adapt")] == [nets, 2]
+    for side, steps in ((16, 160), (801, 960)):
+        y = torch.zeros(1, 3, side, side)
+        for brief in (False, True):
+            o = D.complete(D.Settings(method="adapt"), HOLES, y, brief)
+            assert [own.iters for own in D.in_turn(o, HOLES, y)] == [40, steps]
 
 def test_pairs_of_pixels_hide_squares_as_deep_as_the_hole(monkeypatch):
     task, sides, split = D.Task("box", mask=torch.ones(1, 1, 48, 48)), [], D.split_pixels
@@ -1731,10 +1740,12 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
         flags += ["--ckpt", priors / "dip.pt"] if {"sample", "adapt", "primed"} & set(words) else []
-        flags += [] if "adapt" in words else ["--width", 4, "--depth", 2]
+        flags += [] if words == ["fit-dip", "--method", "adapt"] else ["--width", 4, "--depth", 2]
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
-        assert metrics["iters"] in (3, 4)       # 3: R has risen, so there is no tail
+        answered = "sample" in words or ("adapt" in words and "superres:2" in words)
+        # 3: R has risen, so there is no tail; 96: a DIP in windows follows the DDPM
+        assert metrics["iters"] in ((100,) if answered else (3, 4))
         assert (metrics["psnr"] is None) == ("--observed" in words)
         assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres"))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
@@ -1745,7 +1756,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.shifts, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair, D.Fit.shifted_output,
+    D.is_told, D.shifts, D.in_turn, D.told_answer, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair, D.Fit.shifted_output,
     D.Fit.told_pair, D.Fit.look, D.Fit.last_look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
@@ -1764,7 +1775,7 @@ def test_changing_the_clean_image_changes_no_output_bit(priors, words, photo, tm
             return change(x), y, task
 
         monkeypatch.setattr(D, "observe", changed)
-        assert run(*words, "--image", photo, *TINY, "--out", tmp_path / name) == 0
+        assert run(*words, "--image", photo, *JOINED, "--out", tmp_path / name) == 0
         metrics.append(read_json(tmp_path / name / "metrics.json"))
         results.append((tmp_path / name / "result.png").read_bytes())
     assert results[0] == results[1] == results[2]
@@ -1892,7 +1903,7 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
     monkeypatch.setattr(D, "reverse", spy)
     monkeypatch.setattr(D, "fit_dip", spy_fit)
     monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
-    flags = ["sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    flags = ["sample", "--init", "dip", "--image", photo, *JOINED, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     if "--task" not in words:
         flags += ["--task", "inpaint:0.5"]
     _, y, task = observed(*flags, *words)
@@ -2323,7 +2334,7 @@ def test_sample(tmp_path, photo, priors, extra):
     ckpt = priors / ("none.pt" if "init noise" in extra else "dip.pt")
     flags = ["--image", photo, "--steps", 3, "--samples", 2, "--out", tmp_path, "--ckpt", ckpt]
     if "--init dip" in extra:
-        flags += TINY
+        flags += JOINED
     assert run("sample", *flags, *extra.split()) == 0
     metrics = outputs(tmp_path, SAMPLE_KEYS)
     assert 1 <= metrics["nfe"] <= 3 and metrics["t0"] >= metrics["nfe"]
@@ -2335,30 +2346,37 @@ def test_sample(tmp_path, photo, priors, extra):
 def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, photo, priors, task):
     """`--init dip` shows what the DDPM alone makes of y: bit for bit the answer of `--init observed`."""
     flags = ["--image", photo, "--task", task, "--steps", 2, "--samples", 2, "--ckpt", priors / "dip.pt"]
-    assert run("sample", "--init", "dip", *TINY, *flags, "--out", tmp_path / "joined") == 0
+    assert run("sample", "--init", "dip", *JOINED, *flags, "--out", tmp_path / "joined") == 0
     assert run("sample", "--init", "observed", *flags, "--out", tmp_path / "alone") == 0
     joined, alone = [outputs(tmp_path / name, SAMPLE_KEYS) for name in ("joined", "alone")]
     assert joined["psnr_ddpm"] == alone["psnr"] != joined["psnr"]
 
 @pytest.mark.parametrize("extra, method", [
-    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "primed"), ("--task denoise:25", "staged"),
+    ("", "adapt"), ("--task inpaint:0.5", "adapt"), ("--task superres:4", "adapt"), ("--task denoise:25", "staged"),
     ("--no-clue", "staged"), ("--no-guide", "staged"), ("--method dip", "dip")])
-def test_a_join_is_primed_where_the_ddpm_is_told_y(extra, method):
+def test_a_join_fits_the_ddpm_to_the_photo_where_it_is_told_y(extra, method):
     assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
 
-@pytest.mark.parametrize("extra, parts", [([], 3), (["--task", "superres:2"], 3), (["--no-guide"], 1),
-                                          (["--no-clue"], 1), (["--method", "staged"], 1)])
-def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
-    """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP; the first counts half."""
-    drawn, pages = [], []
-    draw, finish = D.draw_samples, D.finish
-    monkeypatch.setattr(D, "draw_samples", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+@pytest.mark.parametrize("extra, method", [
+    ("", "adapt"), ("--task superres:2", "adapt"), ("--method primed", "primed"), ("--no-guide", None),
+    ("--no-clue", None), ("--method staged", None), ("--method adapt --task denoise:25", None)])
+def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, method):
+    """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 2 : 1. With
+    adapt this DDPM is fitted to the photo; that of the control never is."""
+    drawn, asked, pages, seen = [], [], [], []
+    draw, finish, search = D.draw_samples, D.finish, D.Fit.search
+    monkeypatch.setattr(D, "draw_samples", lambda args, prior, *a, **k: (
+        asked.append(prior.model.out.bias.clone()), drawn.append(draw(args, prior, *a, **k)))[1] or drawn[-1])
     monkeypatch.setattr(D, "finish", lambda *a: pages.append(dict(a[4])) or finish(*a))
-    flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
-    assert run("sample", "--init", "dip", *flags, *extra) == 0
-    *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (alone[0] + 2 * pages[0]["DIP (primed)"] + 2 * told) / 5 if parts == 3 else told
+    monkeypatch.setattr(D.Fit, "search", lambda *a: seen.append(a[3]) or search(*a))
+    flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 6]
+    assert run("sample", "--init", "dip", *flags, *extra.split()) == 0
+    *_, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
+    expected = (seen[-1] + 2 * pages[0][f"DIP ({method})"] + told) / 4 if method else told
     torch.testing.assert_close(pages[0]["joined"], expected)
+    trained = load(priors / "dip.pt")["ema"]["out.bias"]
+    assert [torch.equal(bias, trained) for bias in asked][:-1] == [True] * (len(asked) - 1)
+    assert torch.equal(asked[-1], trained) == (method != "adapt")
 
 def test_what_the_rules_take_is_in_the_metrics(tmp_path, photo):
     assert run("fit-dip", "--image", photo, *TINY, "--out", tmp_path) == 0
@@ -2566,7 +2584,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
     """Untold, the start rule; told, the level 2; one call each; flags go first. From noise 20 calls."""
     prior = D.Prior(load(priors / "dip.pt"))
     flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
-    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
+    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *JOINED]),
                                          ([], ["--start", 9], ["--start", "auto", "--no-clue", "--steps", 2],
                                           ["--steps", 3])):
         assert run(*flags, *init, *extra) == 0
@@ -2601,7 +2619,7 @@ def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode
 def test_grey_photo_with_a_colour_prior(tmp_path, priors):
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
     for name, words in (("o", ["sample", "--init", "dip", "--steps", 2]), ("p", ["fit-dip", "--method", "adapt"])):
-        assert run(*words, "--image", tmp_path / "grey.png", *SHORT, "--out", tmp_path / name, "--ckpt",
+        assert run(*words, "--image", tmp_path / "grey.png", *SHORT, "--nets", 2, "--out", tmp_path / name, "--ckpt",
                    priors / "dip.pt") == 0
         assert Image.open(tmp_path / name / "result.png").mode == "L"
 
@@ -2614,7 +2632,7 @@ def test_each_channel_of_a_grey_photo_has_noise_of_its_own(tmp_path, priors, mon
     monkeypatch.setattr(D, "reverse", spy)
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
     for n, init in enumerate(("observed", "dip")):
-        flags = SHORT if init == "dip" else []
+        flags = [*SHORT, "--nets", 2] if init == "dip" else []
         assert run("sample", "--init", init, "--image", tmp_path / "grey.png", *flags, "--out", tmp_path / "o",
                    "--ckpt", priors / "dip.pt") == 0
         apart = begun[n] - begun[n].mean(dim=1, keepdim=True)
@@ -2642,7 +2660,7 @@ def test_ctrl_c_keeps_the_best_so_far_if_there_is_one(tmp_path, photo, monkeypat
 def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, priors, monkeypatch):
     monkeypatch.setattr(D.Fit, "learn", interrupt_at(5, D.Fit.learn))
     monkeypatch.setattr(D, "reverse", lambda *args, **flags: pytest.fail("the DDPM was called"))
-    assert run("sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
+    assert run("sample", "--init", "dip", "--image", photo, *JOINED, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
     metrics = outputs(tmp_path, SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
 
@@ -2688,7 +2706,7 @@ def default_prior(tmp_path, data, monkeypatch):
     monkeypatch.setattr(D, "cmd_train", small)
     return trained
 
-SAMPLE = ["sample", "--init", "dip", *TINY, "--steps", 2, "--samples", 1, "--image"]
+SAMPLE = ["sample", "--init", "dip", *JOINED, "--steps", 2, "--samples", 1, "--image"]
 
 def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, default_prior):
     for _ in range(2):
@@ -2720,15 +2738,6 @@ def test_no_prior_is_trained_where_there_can_be_no_folder_for_it(tmp_path, photo
     (tmp_path / "runs").write_text("a file")
     assert run(*SAMPLE, photo, "--out", tmp_path / "o") == 2 and default_prior == []
     one_line(capsys, "--ckpt")
-
-def test_a_large_photo_has_no_dip_after_adapt_to_be_widened(tmp_path, priors, monkeypatch, capsys):
-    monkeypatch.setattr(D, "TWO_NETS_PIXELS", 100)
-    D.to_image(smooth_image(16)).save(tmp_path / "p.png")
-    words = ["fit-dip", "--image", tmp_path / "p.png", "--method", "adapt", "--task", "inpaint:0.5", "--iters", 2,
-             "--ckpt", priors / "dip.pt", "--out", tmp_path / "o", "--width", 4]
-    assert run(*words) == 2
-    one_line(capsys, "--width", "--nets 2")
-    assert run(*words, "--nets", 2) == 0
 
 def test_pictures_of_an_earlier_run_do_not_stay(tmp_path, photo):
     out, words = tmp_path / "o", ["fit-dip", "--image", photo, *TINY, "--out", tmp_path / "o"]
@@ -3023,7 +3032,9 @@ fit-dip P --method primed --task inpaint:0.5 --turns 0 -> --turns
 sample --init dip P --method primed --no-clue -> --method
 sample --init dip P --method primed --no-guide -> --no-guide
 sample --init dip P --input observed -> --input
-sample --init dip P --method adapt --task superres:4 -> --method
+sample --init dip P --method adapt --nets 1 -> --nets
+sample --init dip P --method adapt --no-clue -> --method
+sample --init dip P --method adapt --no-guide -> --no-guide
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
 evaluate --images photos --arms seed.txt --seeds 2 -> --seeds
