@@ -844,7 +844,7 @@ EDGES = 4                       # the weight of the edges in the loss, if they c
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
 TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network in place of two, to save time
-FITTED_SIDE = 16                # to a y of fewer pixels a side sample fits no DDPM: digits lose 3 dB
+FITTED_PIXELS = 16 ** 2         # to a y of fewer known pixels sample fits no DDPM: digits lose 3 dB
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
@@ -943,7 +943,7 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     kind = task.kind()
-    if brief and is_told(o, kind) and min(y.shape[2:]) < FITTED_SIDE:
+    if brief and is_told(o, kind) and task.known(y).sum() < FITTED_PIXELS:
         o = replace(o, method="primed")
     o = with_roles(o, kind)
     values = DEFAULTS | BY_TASK.get((o.method, kind), {})
@@ -2005,8 +2005,8 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     brief = args.command == "sample"
     o = complete(Settings(**given(args)), task, y, brief)
     if args.method == "adapt" and o.method == "primed":
-        say(f"y has fewer than {FITTED_SIDE} pixels a side: the DDPM is not fitted to it, as with "
-            f"--method {o.method}")
+        say(f"y has fewer than {FITTED_PIXELS} known pixels: the DDPM is not fitted to it, as with "
+            "--method primed")
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
     bar = Progress(sum(own.iters for own in in_turn(o, task, y)), "DIP")
     looking = 0.0

@@ -2362,14 +2362,14 @@ def test_a_join_fits_the_ddpm_to_the_photo_where_it_is_told_y(extra, method):
     ("--no-clue", None), ("--method staged", None), ("--method adapt --task denoise:25", None)])
 def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, method):
     """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 2 : 1. With
-    adapt this DDPM is fitted to the photo, if y has 16 pixels a side; that of the control never is."""
+    adapt this DDPM is fitted to the photo, if 256 pixels of y are known; that of the control never is."""
     drawn, asked, pages, seen = [], [], [], []
     draw, finish, search = D.draw_samples, D.finish, D.Fit.search
     monkeypatch.setattr(D, "draw_samples", lambda args, prior, *a, **k: (
         asked.append(prior.model.out.bias.clone()), drawn.append(draw(args, prior, *a, **k)))[1] or drawn[-1])
     monkeypatch.setattr(D, "finish", lambda *a: pages.append(dict(a[4])) or finish(*a))
     monkeypatch.setattr(D.Fit, "search", lambda *a: seen.append(a[3]) or search(*a))
-    D.to_image(smooth_image(32)).save(photo)
+    D.to_image(smooth_image(40)).save(photo)
     flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 6]
     assert run("sample", "--init", "dip", *flags, *extra.split()) == 0
     *_, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
