@@ -2361,7 +2361,7 @@ def test_a_join_fits_the_ddpm_to_the_photo_where_it_is_told_y(extra, method):
     ("--task superres:4", "primed"), ("--size 15", "primed"),
     ("--no-clue", None), ("--method staged", None), ("--method adapt --task denoise:25", None)])
 def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, method):
-    """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 2 : 1. With
+    """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 3 : 1. With
     adapt this DDPM is fitted to the photo, if 256 pixels of y are known; that of the control never is."""
     drawn, asked, pages, seen = [], [], [], []
     draw, finish, search = D.draw_samples, D.finish, D.Fit.search
@@ -2373,7 +2373,7 @@ def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monk
     flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 6]
     assert run("sample", "--init", "dip", *flags, *extra.split()) == 0
     *_, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (seen[-1] + 2 * pages[0]["DIP"] + told) / 4 if method else told
+    expected = (seen[-1] + 3 * pages[0]["DIP"] + told) / 5 if method else told
     torch.testing.assert_close(pages[0]["joined"], expected)
     trained = load(priors / "dip.pt")["ema"]["out.bias"]
     assert [torch.equal(bias, trained) for bias in asked][:-1] == [True] * (len(asked) - 1)
