@@ -57,7 +57,7 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(5 * seed + purpose)
 
 def seed_weights(seed: int):
-    """The random weights of the next networks, and their dither, depend on the seed alone."""
+    """New networks, and all noise that has no stream of its own, depend on the seed alone."""
     torch.manual_seed(stream(seed, INIT).initial_seed())
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) --------------------------------
@@ -843,14 +843,14 @@ WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DD
 EDGES = 4                       # the weight of the edges in the loss, if they count
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
-TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network in place of two, to save time
-FITTED_PIXELS = 16 ** 2         # to a y of fewer known pixels sample fits no DDPM: digits lose 3 dB
+TWO_NETS_PIXELS = 192 ** 2      # of larger photos staged fits one network in place of two
+FITTED_PIXELS = 16 ** 2         # to fewer known pixels sample fits no DDPM: digits would lose 3 dB
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
-# The turns of the photo in which a DDPM gives its first answer, which is their mean; 0 leaves the
-# photo as it stands, and each answer is to new noise. With adapt the DDPM is fitted to all turns of
-# the photo; else it may know upright ones only: enlarging digits, eight lose 1.4 dB.
+# The turns of the photo in which a DDPM answers; 0 leaves the photo as it is, and each answer is to
+# new noise. With adapt the DDPM is fitted to all turns of the photo; else it may know upright ones
+# only: enlarging digits, eight turns lose 1.4 dB.
 FIRST_TURNS = {"primed": [0, 0, 0, 0], "adapt": range(8)}
 
 def setting(default, help: str, allowed):
@@ -862,15 +862,17 @@ class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "staged: pairs, falling noise; dip: the classic one; targets, "
                           "selfdiff: rivals; adapt, primed, guide: with a DDPM; in sample, "
-                          "where y is told: adapt", list(METHODS))
+                          "where y is told: adapt (below 256 known pixels primed)", list(METHODS))
     stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
     iters: int = setting(None, "steps of each network (staged: noise 250, holes 200, superres "
-                         "320); a DIP after adapt: 4 times, up to 160", (2, 10 ** 7))
-    nets: int = setting(None, "networks, fitted in turn, then averaged (2: adapt without noise; "
-                        "staged with noise or holes, but in sample, or above 192 x 192 pixels, 1)",
+                         "320; adapt: 100, 40, 60; primed 160; else 1000); a DIP after adapt makes "
+                         "four times as many, up to 160", (2, 10 ** 7))
+    nets: int = setting(None, "networks, fitted in turn, then averaged (adapt without noise: 2; "
+                        "staged with noise or holes: 2, but in sample, or above 192 x 192 "
+                        "pixels, 1; else 1)",
                         (1, 99))
     optimiser: str = setting(None, "of the network (staged, primed: muon)", ["muon", "adam"])
     lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
@@ -943,13 +945,11 @@ BY_TASK = {         # the method, and what the observation has: noise, holes, or
 def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Settings:
     """Every default of a fit that depends on the task. brief: a DDPM will go on from there."""
     kind = task.kind()
-    if brief and is_told(o, kind) and task.known(y).sum() < FITTED_PIXELS:
-        o = replace(o, method="primed")
     o = with_roles(o, kind)
     values = DEFAULTS | BY_TASK.get((o.method, kind), {})
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
-    if o.input != "first":                      # else the fit is a part of a join already
+    if o.input != "first":      # adapt, where y is told, and primed keep their networks and steps
         if brief:
             values["iters"] = values["iters"] * 5 // 8
         if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
@@ -969,13 +969,13 @@ def in_turn(o: Settings, task: Task, y: Tensor) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.kind()):
-        # The DDPM is followed by a DIP that is primed with the DDPM's answer, drowned in less noise
-        # than one that is not fitted, since it knows more.
-        steps = min(4 * o.iters, 160)
+        # The DDPM is followed by a DIP that is primed with the DDPM's answer. It is drowned in less
+        # noise than the answer of a DDPM that is not fitted, since it is a better one.
+        steps, rungs = min(4 * o.iters, 160), 4 * o.rungs
         if in_windows(o, y, task):
-            steps = 6 * steps                       # each sees a part of the photo only
+            steps, rungs = 6 * steps, 8             # a step sees a part of it, a rung looks at all
         later = replace(o, method="primed", target="plain", iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
+                        rungs=min(rungs, steps), high=4.0, low=1.0, **MUON)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1065,7 +1065,7 @@ class Stage:
     stop_step: int = 0              # the step at which the newest network was best
     # In the last Stage, for a DDPM that goes on from there:
     first: Tensor | None = None     # what the last network began with: of primed, the DDPM's answer
-    prior: object = None            # the DDPM; with adapt, where a DIP follows, as it was fitted
+    prior: Prior | None = None      # the DDPM; with adapt, where a DIP follows, as it was fitted
 
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
@@ -1279,7 +1279,10 @@ class Fit:
         part may have been held out, and in more turns."""
         if not self.looks:
             return average
-        return self.look(y, task, average, turns=range(8 if self.told else 4))
+        turns = range(4)
+        if self.told:
+            turns = FIRST_TURNS["adapt" if self.o.turns else "primed"]
+        return self.look(y, task, average, turns)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1340,9 +1343,10 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
     settings: the fields of Settings, of the first network; `in_turn` has those of the others. The
     answer is the mean of theirs, but a network that raises R is left out where it saw all pixels.
-    A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP. Where pixels
-    are missing staged is mixed with the interpolation, if R says so (`best_share`); for superres it
-    always is (`Fit.mixed`). If a photo's own noise was found, detail is put back (`give_back`).
+    A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP. A fit of
+    pairs of pixels is mixed with the interpolation, if R says so (`best_share`); for superres, with
+    staged, it always is (`Fit.mixed`). If a photo's own noise was found, detail is put back
+    (`give_back`).
     brief: a DDPM goes on from there. The answer is then that of the primed DIPs alone; without
     such there is by default one network, and it makes fewer steps.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
@@ -1405,12 +1409,13 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # ---- 6. Joining the two -------------------------------------------------------------------------
 # Lesson 3. Where y has no noise the DDPM is told y, and answers in one call. But it knows photos in
 # general, not this one. So it learns from the one photo, too, as a DIP does: its training goes on,
-# on parts of what y knows (method "adapt" of section 5), and it answers again. Then a DIP is fitted
-# to y that sees this answer, drowned in falling noise, in place of a random z ("primed"). At last
-# the DDPM is called once more: it begins at the DIP's estimate, drowned in so much noise that the
-# start hardly counts, and is averaged with the DIP by precision (the DIP has no R: its error is
-# taken to be START_ERROR). These three estimates have different errors, which partly cancel in
-# their mean, the answer; the DIP counts three times (chosen on BSDS photos).
+# on parts of what y knows (method "adapt" of section 5; not where less than 256 pixels are known).
+# Its answer then is the first of three estimates. The second is a DIP of y that sees this answer,
+# drowned in falling noise, in place of a random z ("primed"). For the third the DDPM is called once
+# more: it begins at the DIP, drowned in so much noise that the start hardly counts, and is averaged
+# with the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The errors of
+# the three differ, and partly cancel in the mean, in which the DIP counts three times (chosen on
+# BSDS photos).
 # A DDPM that was trained on DIPs knows how far to trust them: it is told the DIP as its guess, in
 # place of the weighted mean. Where pixels are missing, so is one that has learned many tasks.
 #
@@ -2003,10 +2008,11 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     Only the log and the metrics see the clean x. Ctrl-C leaves the best so far, if there is one.
     """
     brief = args.command == "sample"
+    if args.default_join and task.known(y).sum() < FITTED_PIXELS:
+        say(f"y has fewer than {FITTED_PIXELS} known pixels: the DDPM is not fitted to it, unless"
+            " you say --method adapt")
+        args.method = "primed"
     o = complete(Settings(**given(args)), task, y, brief)
-    if args.method == "adapt" and o.method == "primed":
-        say(f"y has fewer than {FITTED_PIXELS} known pixels: the DDPM is not fitted to it, as with "
-            "--method primed")
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
     bar = Progress(sum(own.iters for own in in_turn(o, task, y)), "DIP")
     looking = 0.0
@@ -2119,7 +2125,7 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
 
 def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -> Tensor:
     """What a DDPM that is told y makes of it without a DIP, in as many calls and with the same
-    noise: the answer of `--init observed`. It is the control of a join, or a part of it."""
+    noise: the answer of `--init observed`. It is the control of a join."""
     start, clue = task.interpolate(y), task.clue(y, prior.channels)
     samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
     return samples.mean(dim=0, keepdim=True)
@@ -2151,7 +2157,7 @@ def cmd_sample(args):
         metrics |= found
         start = stage.answer
         start_noise = 0.0
-        prior = stage.prior or trained      # adapt has fitted it to the photo
+        prior = stage.prior or trained      # fitted to the photo, after adapt without noise
         panels.append(("DIP", start))
         metrics["psnr_dip"] = clipped_psnr(start, x)
         if not math.isnan(stage.risk):
@@ -2178,8 +2184,8 @@ def cmd_sample(args):
         if told and args.method in ("adapt", "primed"):
             mean = mean_image([stage.first, start, start, start, mean])     # their errors differ
     except KeyboardInterrupt:
-        samples = mean = start          # what there is so far
-        panels = panels or [("start", start)]
+        samples = mean = start
+        panels = [("so far", start)]
         metrics["interrupted"] = True
     if task.noise is not None:
         mean = give_back(mean, y, task.noise)
@@ -2581,7 +2587,7 @@ def cmd_evaluate(args):
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
     photos = find_photos(args.images, "--images")
     arms = find_arms(args, photos[0])
-    size = 32 if args.quick else args.size or 128
+    size = 64 if args.quick else args.size or 128
     machine = ["--device", args.device.type]
     if args.bf16:
         machine.append("--bf16")
@@ -2663,7 +2669,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = new("train", help="train a DDPM on photos or an array")
     evaluate = new("evaluate", help="tables; every row is a command line")
     real, whole = partial(in_range, float, 0), partial(in_range, int, 1)      # up to a maximum
-    fit.set_defaults(init=None, start=None, steps=None, no_clue=False)
+    fit.set_defaults(init=None, start=None, steps=None, no_clue=False, no_guide=False)
     for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
@@ -2705,7 +2711,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=partial(whole, 10 ** 5), help="centre crop of each photo (128)")
     add("--held", help="a folder of pictures to compare the arms' results with, as a set")
     add("--features", help="for --held: a TorchScript network, N x 3 x H x W to N x D")
-    add("--quick", action="store_true", help="one photo of 32 x 32, 6 steps: does it run?")
+    add("--quick", action="store_true", help="one photo of 64 x 64, 6 steps: does it run?")
     for name, command in commands.choices.items():
         add = command.add_argument
         command.epilog = "Brackets hold what is taken by default."
@@ -2729,7 +2735,8 @@ def refuse_idle_flags(args):
     if answered and (name == "denoise" or args.no_clue):
         fail(f"--method: {o.method} needs a DDPM that is told y; say --method staged")
     if told and args.init == "dip" and args.nets == 1:
-        fail("--nets: with adapt the first is the DDPM, and no DIP follows; give 2 or more")
+        fail("--nets: with adapt the first is the DDPM, and no DIP follows; give 2 or more, or "
+             "say --method primed")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2782,9 +2789,10 @@ def parse(argv: list) -> argparse.Namespace:
                 fail("--image: --observed and --mask need the photo; name it with --image FILE")
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
+        plain = args.no_clue or args.no_guide or args.task.startswith("denoise")
+        args.default_join = args.init == "dip" and args.method is None and not plain
         if args.init == "dip" and args.method is None:
-            plain = args.no_clue or args.no_guide or args.task.startswith("denoise")
-            args.method = "staged" if plain else "adapt"
+            args.method = "staged" if plain else "adapt"        # see run_fit: or primed
         refuse_idle_flags(args)
     if args.command == "evaluate":
         if args.arms and args.suite != "all":

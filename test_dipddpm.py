@@ -35,6 +35,12 @@ NOISY = D.Task("denoise", sigma=0.2)
 SHORT = ["--iters", 6, "--rungs", 3, "--nets", 1]
 TINY = [*SHORT, "--width", 4, "--depth", 2]
 JOINED = [*TINY, "--nets", 2]       # two networks: a DDPM that is fitted to the photo, and a DIP
+
+@pytest.fixture(autouse=True)
+def photos_large_enough_to_fit_a_ddpm_to(monkeypatch):
+    """The photos of most tests are tiny; `sample` would else take --method primed for them."""
+    monkeypatch.setattr(D, "FITTED_PIXELS", 0)
+
 BRIEF = ["--dips", 0, "--steps", 3, "--batch", 2, "--patch", 16, "--width", 8]
 
 def run(*argv):
@@ -1614,14 +1620,14 @@ def test_what_each_method_takes_by_default():
     o = D.complete(D.Settings(), NOISY, torch.zeros(1, 3, 801, 801))
     assert (o.iters, o.nets, o.rungs, o.tail) == (1000, 1, 8, 0.0)
     assert D.in_turn(settings(HOLES), HOLES, torch.zeros(1, 3, 16, 16))[1].high == 3.0
-    for side, nets in ((16, 2), (200, 1)):              # large: one network; but a DDPM is followed by a DIP
+    task = D.Task("inpaint")
+    for side, nets in ((192, 2), (193, 1)):             # large: one network; but a DDPM is followed by a DIP
         y = torch.zeros(1, 3, side, side)
-        assert [D.complete(D.Settings(method=method), HOLES, y).nets for method in ("staged", "adapt")] == [nets, 2]
-    for side, steps in ((16, 160), (801, 960)):
+        assert [D.complete(D.Settings(method=method), task, y).nets for method in ("staged", "adapt")] == [nets, 2]
+    for side, brief, steps, rungs in ((800, False, 160, 20), (800, True, 160, 20), (801, True, 960, 8)):
         y = torch.zeros(1, 3, side, side)
-        for brief in (False, True):
-            o = D.complete(D.Settings(method="adapt"), HOLES, y, brief)
-            assert [own.iters for own in D.in_turn(o, HOLES, y)] == [40, steps]
+        o = D.complete(D.Settings(method="adapt"), task, y, brief)
+        assert [(own.iters, own.rungs) for own in D.in_turn(o, task, y)] == [(40, 5), (steps, rungs)]
 
 def test_pairs_of_pixels_hide_squares_as_deep_as_the_hole(monkeypatch):
     task, sides, split = D.Task("box", mask=torch.ones(1, 1, 48, 48)), [], D.split_pixels
@@ -1649,9 +1655,10 @@ def test_turns_are_made_and_the_last_look_of_a_told_network_makes_eight():
     half[:, :4] = 1                             # this network keeps the left half of what it sees
     for turns in (range(4), range(8)):
         assert torch.allclose(D.mean_of_turns(lambda z, level: z * half, x, 0.0, turns), x / 2)
-    fit = told_fit(HOLES.forward(smooth_image(12)), HOLES)
-    fit.look = lambda *words, turns: turns
-    assert sorted(fit.last_look(x, HOLES, x)) == list(range(8))
+    for given, want in ((1, list(range(8))), (0, [0] * 4)):         # not fitted to turns, it is not asked for any
+        fit = told_fit(HOLES.forward(smooth_image(12)), HOLES, turns=given)
+        fit.look = lambda y, task, average, turns: turns
+        assert sorted(fit.last_look(x, HOLES, x)) == want
 
 def test_without_fresh_a_rung_has_one_noise(monkeypatch):
     ws, original = [], D.noisy_input
@@ -1737,16 +1744,17 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["fit-dip", "--method", "adapt"], ["fit-dip", "--observed", "--task", "denoise"],
             ["fit-dip", "--method", "adapt", "--task", "superres:2"],
             ["fit-dip", "--method", "primed", "--task", "inpaint:0.5"],
-            ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
+            ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"],
+            ["sample", "--init", "dip", "--task", "inpaint:0.5", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
         flags += ["--ckpt", priors / "dip.pt"] if {"sample", "adapt", "primed"} & set(words) else []
         flags += [] if words == ["fit-dip", "--method", "adapt"] else ["--width", 4, "--depth", 2]
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
-        followed = "adapt" in words and "superres:2" in words   # by a DIP of 96 steps, in windows
+        followed = "sample" in words or ("adapt" in words and "superres:2" in words)   # by a DIP of 96 steps
         assert metrics["iters"] in ((100,) if followed else (3, 4))     # 3: R has risen, so there is no tail
         assert (metrics["psnr"] is None) == ("--observed" in words)
-        assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres"))
+        assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres", "sample"))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
         both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
         assert (Image.open(tmp_path / f"{n}" / "curves.png").size[1] > 900) == both
@@ -1855,13 +1863,14 @@ def test_the_share_of_an_estimate_is_that_of_least_squares():
     best = min(mse(first.lerp(near, k / 100)) for k in range(101))
     assert 0.8 * mse(near) < best < mse(near) and share(near) == 1
 
-def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
+@pytest.mark.parametrize("method", [{}, dict(method="dip", target="conjugate")], ids=["staged", "pairs"])
+def test_a_fit_of_pairs_of_pixels_is_mixed_with_the_interpolation(monkeypatch, method):
     """By the share that R finds; the R that comes with the answer is that of the mean, too."""
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)              # interpolation knows it
     task = D.Task("inpaint", mask=(torch.rand(1, 1, 32, 32) < 0.5).float())
     y = task.forward(x)
-    how = dict(iters=4, rungs=2, width=8, depth=2, nets=1, tail=0.0)
+    how = dict(iters=4, rungs=2, width=8, depth=2, nets=1, tail=0.0) | method
     guess = task.interpolate(y)
     last = list(D.fit_dip(y, task, **how))[-1]
     assert ((last.answer - x) ** 2).mean() < 1.05 * ((guess - x) ** 2).mean()
@@ -2358,18 +2367,17 @@ def test_a_join_fits_the_ddpm_to_the_photo_where_it_is_told_y(extra, method):
 
 @pytest.mark.parametrize("extra, method", [
     ("", "adapt"), ("--task superres:2", "adapt"), ("--method primed", "primed"), ("--no-guide", None),
-    ("--task superres:4", "primed"), ("--size 15", "primed"),
+    ("--nets 3", "adapt"),
     ("--no-clue", None), ("--method staged", None), ("--method adapt --task denoise:25", None)])
 def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, method):
     """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 3 : 1. With
-    adapt this DDPM is fitted to the photo, if 256 pixels of y are known; that of the control never is."""
+    adapt this DDPM is fitted to the photo; that of the control never is."""
     drawn, asked, pages, seen = [], [], [], []
     draw, finish, search = D.draw_samples, D.finish, D.Fit.search
     monkeypatch.setattr(D, "draw_samples", lambda args, prior, *a, **k: (
         asked.append(prior.model.out.bias.clone()), drawn.append(draw(args, prior, *a, **k)))[1] or drawn[-1])
     monkeypatch.setattr(D, "finish", lambda *a: pages.append(dict(a[4])) or finish(*a))
     monkeypatch.setattr(D.Fit, "search", lambda *a: seen.append(a[3]) or search(*a))
-    D.to_image(smooth_image(40)).save(photo)
     flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 6]
     assert run("sample", "--init", "dip", *flags, *extra.split()) == 0
     *_, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
@@ -2378,6 +2386,19 @@ def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monk
     trained = load(priors / "dip.pt")["ema"]["out.bias"]
     assert [torch.equal(bias, trained) for bias in asked][:-1] == [True] * (len(asked) - 1)
     assert torch.equal(asked[-1], trained) == (method != "adapt")
+
+@pytest.mark.parametrize("extra, fitted", [("", True), ("--size 35", False), ("--size 35 --method adapt", True),
+                                           ("--task superres:4", False), ("--task superres:2", True)])
+def test_a_ddpm_is_fitted_to_256_known_pixels_at_least(tmp_path, photo, priors, monkeypatch, capsys, extra, fitted):
+    """Of 40 x 40 pixels a fifth is 320, of 35 x 35 it is 245; of 2 x 2 blocks there are 400, of 4 x 4 100."""
+    monkeypatch.setattr(D, "FITTED_PIXELS", 16 ** 2)
+    built, begin = [], D.Fit.__init__
+    monkeypatch.setattr(D.Fit, "__init__", lambda fit, o, *a: built.append(o.method) or begin(fit, o, *a))
+    D.to_image(smooth_image(40)).save(photo)
+    flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 2, *extra.split()]
+    assert run("sample", "--init", "dip", *flags) == 0
+    assert built == (["adapt", "primed"] if fitted else ["primed"])
+    assert ("fewer than 256 known pixels" in capsys.readouterr().out) == (not fitted)
 
 def test_what_the_rules_take_is_in_the_metrics(tmp_path, photo):
     assert run("fit-dip", "--image", photo, *TINY, "--out", tmp_path) == 0
@@ -2619,7 +2640,8 @@ def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode
 
 def test_grey_photo_with_a_colour_prior(tmp_path, priors):
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
-    for name, words in (("o", ["sample", "--init", "dip", "--steps", 2]), ("p", ["fit-dip", "--method", "adapt"])):
+    for name, words in (("o", ["sample", "--init", "dip", "--steps", 2]), ("p", ["fit-dip", "--method", "adapt"]),
+                        ("q", ["fit-dip", "--method", "adapt", "--task", "inpaint:0.5"])):
         assert run(*words, "--image", tmp_path / "grey.png", *SHORT, "--nets", 2, "--out", tmp_path / name, "--ckpt",
                    priors / "dip.pt") == 0
         assert Image.open(tmp_path / name / "result.png").mode == "L"
@@ -2658,11 +2680,18 @@ def test_ctrl_c_keeps_the_best_so_far_if_there_is_one(tmp_path, photo, monkeypat
         metrics = outputs(tmp_path / "o", FIT_KEYS)
         assert metrics["interrupted"] is True and metrics["iters"] == 4
 
-def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, priors, monkeypatch):
-    monkeypatch.setattr(D.Fit, "learn", interrupt_at(5, D.Fit.learn))
+@pytest.mark.parametrize("step", [5, 15])       # in the fit of the DDPM, and in that of the DIP
+def test_ctrl_c_in_the_fit_of_a_sample_leaves_the_last_call_out(tmp_path, photo, priors, monkeypatch, step):
+    """What there is by then is the DDPM's answer, as fit-dip gives it where it is stopped there, too."""
+    learn = D.Fit.learn
     monkeypatch.setattr(D, "reverse", lambda *args, **flags: pytest.fail("the DDPM was called"))
-    assert run("sample", "--init", "dip", "--image", photo, *JOINED, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
-    metrics = outputs(tmp_path, SAMPLE_KEYS)
+    flags = ["--image", photo, "--task", "inpaint:0.8", *JOINED, "--ckpt", priors / "dip.pt", "--out"]
+    for words in (["fit-dip", "--method", "adapt"], ["sample", "--init", "dip"]):
+        monkeypatch.setattr(D.Fit, "learn", interrupt_at(step, learn))
+        assert run(*words, *flags, tmp_path / words[0]) == 130
+    results = [(tmp_path / name / "result.png").read_bytes() for name in ("fit-dip", "sample")]
+    assert results[0] == results[1]
+    metrics = outputs(tmp_path / "sample", SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
 
 @pytest.mark.parametrize("init, call, made", [("observed", 1, 0), ("observed", 2, 1), ("dip", 2, 0),
