@@ -6,7 +6,7 @@ on many images and run backwards from noise. Three lessons, to be read from the 
     1  a DDPM (sections 1, 2, 4)                       python dipddpm.py train
     2  a DIP that learns from falling noise, as a DDPM
        does, and knows when to stop (3, 5)             python dipddpm.py fit-dip
-    3  the two joined: a DDPM started by a DIP (6)     python dipddpm.py sample --init dip
+    3  the two joined: DDPM, DIP, DDPM (6)             python dipddpm.py sample --init dip
        the evidence for all three (10)                 python dipddpm.py evaluate stopping
 
 Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where t = 0 is clean):
