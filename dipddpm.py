@@ -6,7 +6,7 @@ on many images and run backwards from noise. Three lessons, to be read from the 
     1  a DDPM (sections 1, 2, 4)                       python dipddpm.py train
     2  a DIP that learns from falling noise, as a DDPM
        does, and knows when to stop (3, 5)             python dipddpm.py fit-dip
-    3  the two joined: a DDPM started by a DIP (6)     python dipddpm.py sample --init dip
+    3  the two joined: DDPM, DIP, DDPM (6)             python dipddpm.py sample --init dip
        the evidence for all three (10)                 python dipddpm.py evaluate stopping
 
 Notation (pixels lie in [-1, 1]; tensors are N x C x H x W; time t = 0..T, where t = 0 is clean):
@@ -55,6 +55,10 @@ OBSERVE, INIT, FIT, SAMPLE, TRAIN = range(5)        # what a stream of random nu
 def stream(seed: int, purpose: int) -> torch.Generator:
     """A random stream for each purpose: a fit never draws the observation's own noise again."""
     return torch.Generator().manual_seed(5 * seed + purpose)
+
+def seed_weights(seed: int):
+    """New networks, and all noise that has no stream of its own, depend on the seed alone."""
+    torch.manual_seed(stream(seed, INIT).initial_seed())
 
 # ---- 1. The diffusion process (Ho et al. 2020, sections 2 and 3) --------------------------------
 # Noise is added to an image in T small steps. Their sum has a closed form, so x_t is drawn in one.
@@ -523,7 +527,7 @@ def estimate_sigma(y: Tensor) -> float:
             break
     return rest.mean().sqrt().item()
 
-def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
+def give_back(xhat: Tensor, y: Tensor, noise: Noise) -> Tensor:
     """Put back what a fit removed where that is stronger than the noise: it was detail.
 
     In a window of 11 x 11 the removed part y - xhat is noise of variance level^2 plus the detail
@@ -535,7 +539,7 @@ def give_back(xhat: Tensor, y: Tensor, level: Tensor) -> Tensor:
     energy = F.pad(energy, (5, 5, 5, 5), mode="replicate")
     energy = F.avg_pool2d(energy, 11, stride=1)
     # The energy of the noise alone differs from window to window: by a third, to be safe.
-    detail = 1 - 1.3 * level ** 2 / energy.clamp(min=1e-12)
+    detail = 1 - 1.3 * noise.level_at(xhat) ** 2 / energy.clamp(min=1e-12)
     return xhat + detail.clamp(min=0) * removed
 
 # ---- 4. The DDPM: training and sampling ---------------------------------------------------------
@@ -830,7 +834,7 @@ METHODS = {     # what the network sees, and what its output is compared with
     "dip": ("fixed", "plain"),              # Ulyanov et al. 2018: a fixed z, and y
     "targets": ("fixed", "noisy"),          # the ladder taken literally: y plus less and less noise
     "selfdiff": ("estimate", "plain"),      # Self-Diffusion, Luo and Huang 2025
-    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see in_turn, told_pair
+    "adapt": ("observed", "conjugate"),     # from a trained DDPM's weights; see told_pair, in_turn
     "primed": ("first", "plain"),           # what a trained DDPM made of y, in falling noise: else
                                             # it would copy that, which is y where y is known
     "guide": ("fixed", "plain"),            # as dip, drawn towards what a trained DDPM denoises
@@ -839,13 +843,14 @@ WITH_DDPM = {"adapt", "primed", "guide"}        # methods that need a trained DD
 EDGES = 4                       # the weight of the edges in the loss, if they count
 FREE_UNIT = 0.2                 # the ladder's unit where the observation has no noise of its own
 TOLD_START = 2.0                # the noise where a told DDPM starts; `--prior dip` trains up to it
-TWO_NETS_PIXELS = 192 ** 2      # larger photos have one network, to save time: no DIP after adapt
+TWO_NETS_PIXELS = 192 ** 2      # of larger photos staged fits one network in place of two
+FITTED_PIXELS = 16 ** 2         # to fewer known pixels sample fits no DDPM: digits would lose 3 dB
 WHOLE_PIXELS = 800 ** 2         # of larger photos a step sees only windows, in bounded memory
 WINDOW = 64                     # the side in pixels of each of the 16 windows of a step
 PATIENCE = 1000                 # a fit ends after so many steps without a better score
-# The turns of the photo in which the DDPM gives its first answer, which is their mean; 0 leaves the
-# photo as it stands, and each answer is to new noise. A primed DIP sees upright photos only, since
-# the DDPM may know no others: enlarging digits, eight turns lose 1.4 dB (7.5, report.md).
+# The turns of the photo in which a DDPM answers; 0 leaves the photo as it is, and each answer is to
+# new noise. With adapt the DDPM is fitted to all turns of the photo; else it may know upright ones
+# only: enlarging digits, eight turns lose 1.4 dB.
 FIRST_TURNS = {"primed": [0, 0, 0, 0], "adapt": range(8)}
 
 def setting(default, help: str, allowed):
@@ -857,15 +862,17 @@ class Settings:
     """How a DIP is fitted; each field is a flag. What is None here is set by `complete`."""
     method: str = setting("staged", "staged: pairs, falling noise; dip: the classic one; targets, "
                           "selfdiff: rivals; adapt, primed, guide: with a DDPM; in sample, "
-                          "where y is told: primed", list(METHODS))
+                          "where y is told: adapt (below 256 known pixels primed)", list(METHODS))
     stop: str = setting(None, "what picks the answer (holdout; superres and told: fixed)",
                         ["holdout", "wmv", "emv", "fixed"])
     input: str = setting(None, "what the net sees (by method)", ["observed", "estimate", "fixed"])
     target: str = setting(None, "what the net aims at (by method)", ["conjugate", "plain", "noisy"])
     iters: int = setting(None, "steps of each network (staged: noise 250, holes 200, superres "
-                         "320); a DIP after adapt: 4 times, up to 160", (2, 10 ** 7))
-    nets: int = setting(None, "networks, fitted in turn, then averaged (2: staged with noise or "
-                        "holes, adapt without noise; but in sample, or above 192 x 192 pixels, 1)",
+                         "320; adapt: 100, 40, 60; primed 160; else 1000); a DIP after adapt makes "
+                         "four times as many, up to 160", (2, 10 ** 7))
+    nets: int = setting(None, "networks, fitted in turn, then averaged (adapt without noise: 2; "
+                        "staged with noise or holes: 2, but in sample, or above 192 x 192 "
+                        "pixels, 1; else 1)",
                         (1, 99))
     optimiser: str = setting(None, "of the network (staged, primed: muon)", ["muon", "adam"])
     lr: float = setting(None, "learning rate (muon 0.05, adam 0.01; adapt less)", (1e-9, 10))
@@ -942,10 +949,11 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
     values = DEFAULTS | BY_TASK.get((o.method, kind), {})
     if not task.noise_of_y().white:
         values.update(high=6.0, low=2.0)        # w is white, and the noise is not
-    if brief and o.method != "primed":
-        values["iters"] = values["iters"] * 5 // 8
-    if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
-        values["nets"] = 1
+    if o.input != "first":      # adapt, where y is told, and primed keep their networks and steps
+        if brief:
+            values["iters"] = values["iters"] * 5 // 8
+        if brief or pixels_of(y, task) > TWO_NETS_PIXELS:
+            values["nets"] = 1
     if in_windows(o, y, task) and not is_told(o, kind):
         values.update(iters=1000, rungs=8, tail=0.0)
     if o.stop != "holdout" or o.target != "conjugate":
@@ -957,15 +965,17 @@ def complete(o: Settings, task: Task, y: Tensor, brief: bool = False) -> Setting
         return replace(o, rungs=o.iters)
     return replace(o, rungs=min(o.rungs, o.iters))
 
-def in_turn(o: Settings, task: Task) -> list[Settings]:
+def in_turn(o: Settings, task: Task, y: Tensor) -> list[Settings]:
     """The settings of each network of a fit; o are those of the first."""
     later = o
     if is_told(o, task.kind()):
-        # The DDPM is followed by a DIP that is primed with the DDPM's answer, drowned in less noise
-        # than by default, since a fitted DDPM knows more.
-        steps = min(4 * o.iters, 160)
+        # The DDPM is followed by a DIP that is primed with the DDPM's answer. It is drowned in less
+        # noise than the answer of a DDPM that is not fitted, since it is a better one.
+        steps, rungs = min(4 * o.iters, 160), 4 * o.rungs
+        if in_windows(o, y, task):
+            steps, rungs = 6 * steps, 8             # a step sees a part of it, a rung looks at all
         later = replace(o, method="primed", target="plain", iters=steps,
-                        rungs=min(4 * o.rungs, steps), high=4.0, low=1.0, **MUON)
+                        rungs=min(rungs, steps), high=4.0, low=1.0, **MUON)
     elif splits(o, task):
         # The first network learned from pairs; the next one sees all that is not held out. It
         # keeps the tail, though its target is plain: y has no noise that it could learn.
@@ -1053,16 +1063,13 @@ class Stage:
                                     # in the last Stage that of the whole fit, see fit_dip
     risk: float = math.nan          # R of the answer as it was before it saw what was held out
     stop_step: int = 0              # the step at which the newest network was best
+    # In the last Stage, for a DDPM that goes on from there:
+    first: Tensor | None = None     # what the last network began with: of primed, the DDPM's answer
+    prior: Prior | None = None      # the DDPM; with adapt, where a DIP follows, as it was fitted
 
 def mean_image(images: list[Tensor]) -> Tensor:
     """The mean of estimates: their errors differ, and partly cancel."""
     return sum(images) / len(images)
-
-def with_first(images: list[Tensor]) -> Tensor:
-    """The mean of some estimates, of which the first counts half: it is a DDPM's, and the weakest
-    by far on clear shapes (chosen on BSDS photos and Set9)."""
-    first, *later = images
-    return (first / 2 + sum(later)) / (1 / 2 + len(later))
 
 def best_share(judge, first: Tensor, second: Tensor) -> float:
     """The weight, 0..1, of the second estimate in that mean of both which has the least R; R is a
@@ -1272,7 +1279,10 @@ class Fit:
         part may have been held out, and in more turns."""
         if not self.looks:
             return average
-        return self.look(y, task, average, turns=range(8 if self.told else 4))
+        turns = range(4)
+        if self.told:
+            turns = FIRST_TURNS["adapt" if self.o.turns else "primed"]
+        return self.look(y, task, average, turns)
 
     def learn(self, loss: Tensor):
         """A step of the optimisers. Rates rise over 50 steps; with Muon they end at a tenth."""
@@ -1333,12 +1343,12 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 
     settings: the fields of Settings, of the first network; `in_turn` has those of the others. The
     answer is the mean of theirs, but a network that raises R is left out where it saw all pixels.
-    A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP
-    (`with_first`), unless brief. Where pixels are missing staged is mixed with the interpolation,
-    if R says so (`best_share`); for superres it always is (`Fit.mixed`). If a photo's own noise was
-    found, detail is put back (`give_back`).
-    brief: a DDPM goes on from there. By default there is then one network, and it makes fewer
-    steps, unless it is primed.
+    A DDPM's answer that primed DIPs saw joins the mean, with half the weight of a DIP. A fit of
+    pairs of pixels is mixed with the interpolation, if R says so (`best_share`); for superres, with
+    staged, it always is (`Fit.mixed`). If a photo's own noise was found, detail is put back
+    (`give_back`).
+    brief: a DDPM goes on from there. The answer is then that of the primed DIPs alone; without
+    such there is by default one network, and it makes fewer steps.
     tick() is called after each step. With stop 'holdout' each network first sees the part of y that
     is not held out; then, from the weights of its best stage on, all of y (`Fit.tail_rungs`).
     prior: a trained DDPM, for adapt, guide and primed. FloatingPointError is raised if the loss is
@@ -1346,7 +1356,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     """
     o = complete(Settings(**settings), task, y, brief)
     gen = stream(seed, FIT)
-    torch.manual_seed(stream(seed, INIT).initial_seed())
+    seed_weights(seed)
     seen, seen_task, judge = y, task, None
     if o.stop == "holdout":
         seen, seen_task, judge = hold_out(y, task, gen, o.hold)
@@ -1356,8 +1366,9 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
     if o.input == "first":              # of primed; of adapt, if it is told y
         start = told_answer(prior, y, task, FIRST_TURNS[o.method])
     steps = 0
-    for number, own in enumerate(in_turn(o, task)):
+    for number, own in enumerate(in_turn(o, task, y)):
         if number == 1 and fit.told:
+            prior = fit.judged          # the DDPM, fitted
             start = answers[0]
         elif number == 1 and paired:
             start = best.average
@@ -1381,36 +1392,35 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
         blind = longer
     unseen = mean_image(blind)
     answer = mean_image(answers)
-    if own.method == "primed" and not brief:
-        # The DDPM's answer, which the DIPs saw, comes first. With adapt it is among the answers.
-        if o.method == "primed":
-            answers = [start, *answers]
-        answer = with_first(answers)
-    if o.method == "staged" and paired:
+    if own.method == "primed":      # A DIP counts twice, and the DDPM's answer that it saw once.
+        dips = [image for image in answers if image is not start]
+        answer = mean_image(dips if brief else [start, *dips, *dips])
+    if paired:
         share = best_share(judge, guess, unseen)
         answer = task.interpolate(y).lerp(answer, share)
         unseen = guess.lerp(unseen, share)
     if judge:
         found["risk"] = judge(unseen)
     if task.noise is not None and o.target == "conjugate":
-        answer = give_back(answer, y, task.noise.level_at(answer))
+        answer = give_back(answer, y, task.noise)
     found["answer"] = found["average"] = answer
-    yield replace(stage, step=steps, scores={}, **found)
+    yield replace(stage, step=steps, scores={}, first=start, prior=prior, **found)
 
 # ---- 6. Joining the two -------------------------------------------------------------------------
 # Lesson 3. Where y has no noise the DDPM is told y, and answers in one call. But it knows photos in
-# general, not this one. So a DIP is fitted to y that sees this answer, drowned in falling noise, in
-# place of a random z (method "primed" of section 5). Then the DDPM speaks once more: it begins at
-# the DIP's estimate, drowned in so much noise that the start hardly counts, and is averaged with
-# the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The three estimates
-# have different errors, which partly cancel in their mean, the answer; the first counts half.
+# general, not this one. So it learns from the one photo, too, as a DIP does: its training goes on,
+# on parts of what y knows (method "adapt" of section 5; not where less than 256 pixels are known).
+# Its answer then is the first of three estimates. The second is a DIP of y that sees this answer,
+# drowned in falling noise, in place of a random z ("primed"). For the third the DDPM is called once
+# more: it begins at the DIP, drowned in so much noise that the start hardly counts, and is averaged
+# with the DIP by precision (the DIP has no R: its error is taken to be START_ERROR). The errors of
+# the three differ, and partly cancel in the mean, in which the DIP counts three times (chosen on
+# BSDS photos).
 # A DDPM that was trained on DIPs knows how far to trust them: it is told the DIP as its guess, in
 # place of the weighted mean. Where pixels are missing, so is one that has learned many tasks.
 #
 # Where y is noisy the DIP is that of lesson 2. The DDPM is told nothing, begins where the noise
 # just hides the DIP's error, and is averaged with the DIP by precision at each call.
-# The way back is in section 5, `dipddpm.py fit-dip --method adapt`: the DDPM is fitted to the one
-# photo, as a DIP is. If y has no noise and the photo is small, a primed DIP follows.
 # To run lesson 3: `dipddpm.py sample --init dip`.
 
 def brief_dips(images: list, config: dict, device) -> Iterator[Tensor]:
@@ -1998,12 +2008,13 @@ def run_fit(args, y: Tensor, task: Task, x: Tensor | None, prior=None) -> tuple:
     Only the log and the metrics see the clean x. Ctrl-C leaves the best so far, if there is one.
     """
     brief = args.command == "sample"
+    if args.default_join and task.known(y).sum() < FITTED_PIXELS:
+        say(f"y has fewer than {FITTED_PIXELS} known pixels: the DDPM is not fitted to it, unless"
+            " you say --method adapt")
+        args.method = "primed"
     o = complete(Settings(**given(args)), task, y, brief)
-    no_dip = is_told(o, task.kind()) and o.nets == 1
-    if no_dip and {"width", "depth", "fresh"} & set(given(args)):
-        fail("--width, --depth, --fresh: no DIP follows above 192 x 192 pixels; add --nets 2")
     torch.optim.Adam([torch.zeros(1)])          # loads much of torch: that is not in the clock
-    bar = Progress(sum(own.iters for own in in_turn(o, task)), "DIP")
+    bar = Progress(sum(own.iters for own in in_turn(o, task, y)), "DIP")
     looking = 0.0
     rows, frames = [], []
     interrupted = False
@@ -2114,7 +2125,7 @@ def draw_samples(args, prior: Prior, start: Tensor, noise: float, t0: int, steps
 
 def ddpm_alone(args, prior: Prior, y: Tensor, t0: int, steps: int, task: Task) -> Tensor:
     """What a DDPM that is told y makes of it without a DIP, in as many calls and with the same
-    noise: the answer of `--init observed`. It is the control of a join, or a part of it."""
+    noise: the answer of `--init observed`. It is the control of a join."""
     start, clue = task.interpolate(y), task.clue(y, prior.channels)
     samples = draw_samples(args, prior, start, 0.0, t0, steps, task, y=y, clue=clue)
     return samples.mean(dim=0, keepdim=True)
@@ -2129,7 +2140,7 @@ def cmd_sample(args):
     x, y, task = observe(args)
     if nothing_to_remove(args, x, y, task):
         return
-    prior = load_prior(args, y.shape[1])
+    trained = prior = load_prior(args, y.shape[1])
     start = task.interpolate(y)
     # Noise that is not white counts as white noise twice as strong. To add white noise to it, as a
     # fit does, would lose 1.3 dB (ten photos of PolyU).
@@ -2146,7 +2157,8 @@ def cmd_sample(args):
         metrics |= found
         start = stage.answer
         start_noise = 0.0
-        panels.append((f"DIP ({args.method})", start))
+        prior = stage.prior or trained      # fitted to the photo, after adapt without noise
+        panels.append(("DIP", start))
         metrics["psnr_dip"] = clipped_psnr(start, x)
         if not math.isnan(stage.risk):
             risk = stage.risk
@@ -2164,19 +2176,19 @@ def cmd_sample(args):
         if metrics["interrupted"]:      # in the fit: the DDPM is left out
             raise KeyboardInterrupt
         if told and args.init == "dip":
-            alone = ddpm_alone(args, prior, y, t0, steps, task)
+            alone = ddpm_alone(args, trained, y, t0, steps, task)
             panels.insert(0, ("DDPM alone", alone))
             metrics["psnr_ddpm"] = clipped_psnr(alone, x)
         samples = draw_samples(args, prior, start, start_noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
-        if args.method == "primed":
-            mean = with_first([alone, start, mean])         # their errors differ
+        if told and args.method in ("adapt", "primed"):
+            mean = mean_image([stage.first, start, start, start, mean])     # their errors differ
     except KeyboardInterrupt:
-        samples = mean = start          # what there is so far
-        panels = panels or [("start", start)]
+        samples = mean = start
+        panels = [("so far", start)]
         metrics["interrupted"] = True
     if task.noise is not None:
-        mean = give_back(mean, y, task.noise.level_at(mean))
+        mean = give_back(mean, y, task.noise)
     if not metrics["interrupted"]:
         panels += sample_panels(args, task, samples, mean, steps)
     metrics |= compare_samples(samples, x)
@@ -2329,7 +2341,7 @@ def checkpoint(args, path: str, channels: int) -> dict:
                 flag = dict(t_max="t-max", channels="data").get(name, name)
                 fail(f"--{flag}: the run began with {name} {began}; keep that, or train anew")
         return state
-    torch.manual_seed(stream(args.seed, INIT).initial_seed())
+    seed_weights(args.seed)
     weights = UNet(channels, args.width).state_dict()
     return dict(config=config, step=0, model=weights, ema=weights, optimisers=[], rng=None, log=[],
                 dips=[], eps_loss=torch.full((2, 1001), math.nan))
@@ -2406,7 +2418,8 @@ FREE = ("--task inpaint:0.8", "--task superres:4")
 CLASSIC = "--method dip --stop wmv --iters 1800"
 FITS = ("", "--nets 1 --rungs 250", CLASSIC, CLASSIC + " --optimiser muon", "--method targets",
         "--method selfdiff", "--method adapt", "--method guide")
-JOINS = ("sample --init dip", "sample --init dip --iters 80", "sample --init dip --method staged",
+JOINS = ("sample --init dip", "sample --init dip --iters 20", "sample --init dip --nets 3",
+         "sample --init dip --method primed", "sample --init dip --method staged",
          "sample --init dip --no-guide", "sample --init dip --no-clue", "sample --init observed",
          "sample --init observed --no-clue", "sample", "sample --no-clue --steps 100",
          "fit-dip --nets 1", "fit-dip --method adapt")
@@ -2574,7 +2587,7 @@ def cmd_evaluate(args):
     """evaluate: every arm on every photo with every seed, each in a folder of its own; a table."""
     photos = find_photos(args.images, "--images")
     arms = find_arms(args, photos[0])
-    size = 32 if args.quick else args.size or 128
+    size = 64 if args.quick else args.size or 128
     machine = ["--device", args.device.type]
     if args.bf16:
         machine.append("--bf16")
@@ -2656,7 +2669,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = new("train", help="train a DDPM on photos or an array")
     evaluate = new("evaluate", help="tables; every row is a command line")
     real, whole = partial(in_range, float, 0), partial(in_range, int, 1)      # up to a maximum
-    fit.set_defaults(init=None, start=None, steps=None, no_clue=False)
+    fit.set_defaults(init=None, start=None, steps=None, no_clue=False, no_guide=False)
     for command, task in ((fit, "denoise:25"), (sample, "inpaint:0.8")):
         add = command.add_argument
         add("--image", help="a photo: clean, and degraded here (astronaut)")
@@ -2698,7 +2711,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=partial(whole, 10 ** 5), help="centre crop of each photo (128)")
     add("--held", help="a folder of pictures to compare the arms' results with, as a set")
     add("--features", help="for --held: a TorchScript network, N x 3 x H x W to N x D")
-    add("--quick", action="store_true", help="one photo of 32 x 32, 6 steps: does it run?")
+    add("--quick", action="store_true", help="one photo of 64 x 64, 6 steps: does it run?")
     for name, command in commands.choices.items():
         add = command.add_argument
         command.epilog = "Brackets hold what is taken by default."
@@ -2716,13 +2729,14 @@ def refuse_idle_flags(args):
     kind = dict(denoise="noise", inpaint="holes", superres="blocks")[name]
     o = with_roles(Settings(**given(args)), kind)
     told = is_told(o, kind)
-    primed = o.method == "primed"
+    answered = o.input == "first"       # by the DDPM, before a DIP is fitted: adapt and primed
     single = args.nets == 1 or (args.init == "dip" and args.nets is None)
     calls = args.steps or (20 if args.init == "noise" else 1)
-    if told and args.init == "dip":
-        fail("--method: adapt is a join by itself where y has no noise; say fit-dip --method adapt")
-    if primed and (name == "denoise" or args.no_clue):
-        fail("--method: primed needs a DDPM that is told y; say --method staged")
+    if answered and (name == "denoise" or args.no_clue):
+        fail(f"--method: {o.method} needs a DDPM that is told y; say --method staged")
+    if told and args.init == "dip" and args.nets == 1:
+        fail("--nets: with adapt the first is the DDPM, and no DIP follows; give 2 or more, or "
+             "say --method primed")
     idle = [
         (name != "inpaint", ["mask"], "without --task inpaint"),
         (args.mask and number is not None, ["mask"], "with inpaint:SHARE; say --task inpaint"),
@@ -2732,12 +2746,12 @@ def refuse_idle_flags(args):
         (not args.observed and args.told != 0, ["noise"], "without --observed"),
         (o.target != "conjugate" and not shifts(o, kind), ["turns"],
          "without the conjugate target"),
-        (told or primed, ["input", "target", "stop", "tail"],
+        (answered, ["input", "target", "stop", "tail"],
          f"with {o.method} where y has no noise (say --method staged)"),
         (told and args.nets == 1, ["fresh"], "with adapt where no DIP follows"),
         (single and (kind, o.input, o.target) == ("holes", "observed", "conjugate"), ["fresh"],
          "where a single network sees known pixels, not noise"),
-        (primed, ["no_guide"], "with --method primed"),
+        (answered, ["no_guide"], f"with --method {o.method}"),
         (told and kind == "blocks", ["high", "low"], "with adapt and superres"),
         (name == "superres" and args.target == "conjugate", ["target"], "with superres: no pair"),
         (o.input == "fixed" and o.target == "plain", ["high", "low", "fresh"], "without a ladder"),
@@ -2775,9 +2789,10 @@ def parse(argv: list) -> argparse.Namespace:
                 fail("--image: --observed and --mask need the photo; name it with --image FILE")
             args.image = f"{PHOTOS}/test/astronaut.png"
             args.size = args.size or 128
+        plain = args.no_clue or args.no_guide or args.task.startswith("denoise")
+        args.default_join = args.init == "dip" and args.method is None and not plain
         if args.init == "dip" and args.method is None:
-            plain = args.no_clue or args.no_guide or args.task.startswith("denoise")
-            args.method = "staged" if plain else "primed"
+            args.method = "staged" if plain else "adapt"        # see run_fit: or primed
         refuse_idle_flags(args)
     if args.command == "evaluate":
         if args.arms and args.suite != "all":

@@ -34,6 +34,13 @@ torch.set_num_threads(1)       # quick also beside other jobs; the tensors are t
 NOISY = D.Task("denoise", sigma=0.2)
 SHORT = ["--iters", 6, "--rungs", 3, "--nets", 1]
 TINY = [*SHORT, "--width", 4, "--depth", 2]
+JOINED = [*TINY, "--nets", 2]       # two networks: a DDPM that is fitted to the photo, and a DIP
+
+@pytest.fixture(autouse=True)
+def photos_large_enough_to_fit_a_ddpm_to(monkeypatch):
+    """The photos of most tests are tiny; `sample` would else take --method primed for them."""
+    monkeypatch.setattr(D, "FITTED_PIXELS", 0)
+
 BRIEF = ["--dips", 0, "--steps", 3, "--batch", 2, "--patch", 16, "--width", 8]
 
 def run(*argv):
@@ -501,16 +508,16 @@ def test_risk_is_unbiased_for_correlated_noise():
 
 def test_give_back():
     y = smooth_image(32)
-    assert torch.allclose(D.give_back(y * 0.5, y, torch.tensor(0.0)), y)                  # no noise: the photo
-    assert torch.equal(D.give_back(y, y, torch.tensor(0.1)), y)
+    assert torch.allclose(D.give_back(y * 0.5, y, D.Noise(0.0)), y)                           # no noise: the photo
+    assert torch.equal(D.give_back(y, y, D.Noise(0.1)), y)
     xhat = y + 0.1                                  # the removed part is 0.1 everywhere
-    assert torch.equal(D.give_back(xhat, y, torch.tensor(0.1)), xhat)                     # as strong as the noise
+    assert torch.equal(D.give_back(xhat, y, D.Noise(0.1)), xhat)                              # as strong as the noise
     want = xhat - 0.1 * (1 - 1.3 * 0.05 ** 2 / 0.1 ** 2)
-    assert torch.allclose(D.give_back(xhat, y, torch.tensor(0.05)), want, atol=1e-6)
+    assert torch.allclose(D.give_back(xhat, y, D.Noise(0.05)), want, atol=1e-6)
     texture = torch.zeros(1, 3, 64, 64)
     texture[..., ::2, 40:] = 0.8                    # detail that a fit has lost, in one place
     y = texture + 0.05 * torch.randn(texture.shape, generator=D.stream(0, D.FIT))
-    got = D.give_back(torch.zeros_like(y), y, torch.tensor(0.05))
+    got = D.give_back(torch.zeros_like(y), y, D.Noise(0.05))
     assert ((got - texture)[..., 48:] ** 2).mean() < 0.05 ** 2 * 1.01
     assert ((got - texture)[..., :32] ** 2).mean() < 0.05 ** 2 * 0.1
 
@@ -519,7 +526,7 @@ def test_detail_comes_back_where_the_noise_was_found():
     plain = list(D.fit_dip(y, NOISY, **SMALL))[-1].answer
     noise = D.Noise(0.2, [0.2] * 3, [-0.5, 0.0, 0.5], 0.0, True, torch.ones(1, 3, 4, 4))
     found = list(D.fit_dip(y, replace(NOISY, noise=noise), **SMALL))[-1].answer
-    assert torch.equal(found, D.give_back(plain, y, torch.tensor(0.2)))
+    assert torch.equal(found, D.give_back(plain, y, D.Noise(0.2)))
     assert not torch.allclose(found, plain, atol=1e-3)
 
 def test_the_level_follows_the_brightness():
@@ -677,7 +684,7 @@ def test_noise_that_a_jpeg_hides_or_that_differs_from_place_to_place_is_not_whit
 def test_detail_is_looked_for_in_windows_of_eleven():
     y = torch.zeros(1, 3, 23, 23)
     y[..., 11, 11] = 1.1                        # its mean square in 11 x 11 pixels is 0.01
-    back = D.give_back(0 * y, y, torch.tensor(0.05))
+    back = D.give_back(0 * y, y, D.Noise(0.05))
     assert back.max().item() == pytest.approx(1.1 * (1 - 1.3 * 0.25))
 
 # ---- 4. the DDPM
@@ -1612,7 +1619,15 @@ def test_what_each_method_takes_by_default():
     assert (o.iters, o.nets) == (156, 1)
     o = D.complete(D.Settings(), NOISY, torch.zeros(1, 3, 801, 801))
     assert (o.iters, o.nets, o.rungs, o.tail) == (1000, 1, 8, 0.0)
-    assert D.in_turn(settings(HOLES), HOLES)[1].high == 3.0
+    assert D.in_turn(settings(HOLES), HOLES, torch.zeros(1, 3, 16, 16))[1].high == 3.0
+    task = D.Task("inpaint")
+    for side, nets in ((192, 2), (193, 1)):             # large: one network; but a DDPM is followed by a DIP
+        y = torch.zeros(1, 3, side, side)
+        assert [D.complete(D.Settings(method=method), task, y).nets for method in ("staged", "adapt")] == [nets, 2]
+    for side, brief, steps, rungs in ((800, False, 160, 20), (800, True, 160, 20), (801, True, 960, 8)):
+        y = torch.zeros(1, 3, side, side)
+        o = D.complete(D.Settings(method="adapt"), task, y, brief)
+        assert [(own.iters, own.rungs) for own in D.in_turn(o, task, y)] == [(40, 5), (steps, rungs)]
 
 def test_pairs_of_pixels_hide_squares_as_deep_as_the_hole(monkeypatch):
     task, sides, split = D.Task("box", mask=torch.ones(1, 1, 48, 48)), [], D.split_pixels
@@ -1640,9 +1655,10 @@ def test_turns_are_made_and_the_last_look_of_a_told_network_makes_eight():
     half[:, :4] = 1                             # this network keeps the left half of what it sees
     for turns in (range(4), range(8)):
         assert torch.allclose(D.mean_of_turns(lambda z, level: z * half, x, 0.0, turns), x / 2)
-    fit = told_fit(HOLES.forward(smooth_image(12)), HOLES)
-    fit.look = lambda *words, turns: turns
-    assert sorted(fit.last_look(x, HOLES, x)) == list(range(8))
+    for given, want in ((1, list(range(8))), (0, [0] * 4)):         # not fitted to turns, it is not asked for any
+        fit = told_fit(HOLES.forward(smooth_image(12)), HOLES, turns=given)
+        fit.look = lambda y, task, average, turns: turns
+        assert sorted(fit.last_look(x, HOLES, x)) == want
 
 def test_without_fresh_a_rung_has_one_noise(monkeypatch):
     ws, original = [], D.noisy_input
@@ -1728,15 +1744,17 @@ def test_commands_on_large_photos(tmp_path, priors, windows):
             ["fit-dip", "--method", "adapt"], ["fit-dip", "--observed", "--task", "denoise"],
             ["fit-dip", "--method", "adapt", "--task", "superres:2"],
             ["fit-dip", "--method", "primed", "--task", "inpaint:0.5"],
-            ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"])):
+            ["sample", "--init", "dip", "--task", "superres:4", "--steps", "1", "--samples", "1"],
+            ["sample", "--init", "dip", "--task", "inpaint:0.5", "--samples", "1"])):
         flags = ["--image", tmp_path / "big.png", "--iters", 4]
         flags += ["--ckpt", priors / "dip.pt"] if {"sample", "adapt", "primed"} & set(words) else []
-        flags += [] if "adapt" in words else ["--width", 4, "--depth", 2]
+        flags += [] if words == ["fit-dip", "--method", "adapt"] else ["--width", 4, "--depth", 2]
         assert run(*words, *flags, "--out", tmp_path / f"{n}") == 0, words
         metrics = read_json(tmp_path / f"{n}" / "metrics.json")
-        assert metrics["iters"] in (3, 4)       # 3: R has risen, so there is no tail
+        followed = "sample" in words or ("adapt" in words and "superres:2" in words)   # by a DIP of 96 steps
+        assert metrics["iters"] in ((100,) if followed else (3, 4))     # 3: R has risen, so there is no tail
         assert (metrics["psnr"] is None) == ("--observed" in words)
-        assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres"))
+        assert (metrics["risk"] is None) == any(word in " ".join(words) for word in ("wmv", "primed", "superres", "sample"))
         assert Image.open(tmp_path / f"{n}" / "result.png").size == (28, 40)
         both = "sample" not in words and "--observed" not in words      # PSNR, and below it SSIM
         assert (Image.open(tmp_path / f"{n}" / "curves.png").size[1] > 900) == both
@@ -1745,7 +1763,7 @@ CLEAN = ("clean", "x", "x0", "reference", "ground_truth", "truth")
 
 @pytest.mark.parametrize("function", [
     D.fit_dip, D.hold_out, D.draw_lots, D.split_pixels, D.held_out_risk, D.complete, D.ladder,
-    D.is_told, D.shifts, D.in_turn, D.told_answer, D.with_first, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair, D.Fit.shifted_output,
+    D.is_told, D.shifts, D.in_turn, D.told_answer, D.best_share, D.mean_of_turns, D.with_roles, D.splits, D.Fit.__init__, D.Fit.descend, D.Fit.draw_pair, D.Fit.shifted_output,
     D.Fit.told_pair, D.Fit.look, D.Fit.last_look, D.Fit.search, D.Fit.mixed, D.Fit.tail_rungs, D.Fit.source, D.Fit.learn,
     D.noisy_input, D.noisy_target, D.fit_loss, D.random_place, D.cut, D.stop_at,
     D.MovingVariance.update, D.NoiseSchedule.start_t, D.reverse], ids=lambda f: f.__qualname__)
@@ -1764,7 +1782,7 @@ def test_changing_the_clean_image_changes_no_output_bit(priors, words, photo, tm
             return change(x), y, task
 
         monkeypatch.setattr(D, "observe", changed)
-        assert run(*words, "--image", photo, *TINY, "--out", tmp_path / name) == 0
+        assert run(*words, "--image", photo, *JOINED, "--out", tmp_path / name) == 0
         metrics.append(read_json(tmp_path / name / "metrics.json"))
         results.append((tmp_path / name / "result.png").read_bytes())
     assert results[0] == results[1] == results[2]
@@ -1845,13 +1863,14 @@ def test_the_share_of_an_estimate_is_that_of_least_squares():
     best = min(mse(first.lerp(near, k / 100)) for k in range(101))
     assert 0.8 * mse(near) < best < mse(near) and share(near) == 1
 
-def test_fit_dip_mixes_with_the_interpolation(monkeypatch):
+@pytest.mark.parametrize("method", [{}, dict(method="dip", target="conjugate")], ids=["staged", "pairs"])
+def test_a_fit_of_pairs_of_pixels_is_mixed_with_the_interpolation(monkeypatch, method):
     """By the share that R finds; the R that comes with the answer is that of the mean, too."""
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)              # interpolation knows it
     task = D.Task("inpaint", mask=(torch.rand(1, 1, 32, 32) < 0.5).float())
     y = task.forward(x)
-    how = dict(iters=4, rungs=2, width=8, depth=2, nets=1, tail=0.0)
+    how = dict(iters=4, rungs=2, width=8, depth=2, nets=1, tail=0.0) | method
     guess = task.interpolate(y)
     last = list(D.fit_dip(y, task, **how))[-1]
     assert ((last.answer - x) ** 2).mean() < 1.05 * ((guess - x) ** 2).mean()
@@ -1892,7 +1911,7 @@ def test_the_dip_is_the_guess_that_the_ddpm_is_told(tmp_path, photo, priors, mon
     monkeypatch.setattr(D, "reverse", spy)
     monkeypatch.setattr(D, "fit_dip", spy_fit)
     monkeypatch.setattr(D, "best_share", lambda *images: 0.7)
-    flags = ["sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
+    flags = ["sample", "--init", "dip", "--image", photo, *JOINED, "--ckpt", priors / "dip.pt", "--out", tmp_path]
     if "--task" not in words:
         flags += ["--task", "inpaint:0.5"]
     _, y, task = observed(*flags, *words)
@@ -2323,7 +2342,7 @@ def test_sample(tmp_path, photo, priors, extra):
     ckpt = priors / ("none.pt" if "init noise" in extra else "dip.pt")
     flags = ["--image", photo, "--steps", 3, "--samples", 2, "--out", tmp_path, "--ckpt", ckpt]
     if "--init dip" in extra:
-        flags += TINY
+        flags += JOINED
     assert run("sample", *flags, *extra.split()) == 0
     metrics = outputs(tmp_path, SAMPLE_KEYS)
     assert 1 <= metrics["nfe"] <= 3 and metrics["t0"] >= metrics["nfe"]
@@ -2335,30 +2354,51 @@ def test_sample(tmp_path, photo, priors, extra):
 def test_the_control_of_a_join_is_the_answer_from_the_interpolation(tmp_path, photo, priors, task):
     """`--init dip` shows what the DDPM alone makes of y: bit for bit the answer of `--init observed`."""
     flags = ["--image", photo, "--task", task, "--steps", 2, "--samples", 2, "--ckpt", priors / "dip.pt"]
-    assert run("sample", "--init", "dip", *TINY, *flags, "--out", tmp_path / "joined") == 0
+    assert run("sample", "--init", "dip", *JOINED, *flags, "--out", tmp_path / "joined") == 0
     assert run("sample", "--init", "observed", *flags, "--out", tmp_path / "alone") == 0
     joined, alone = [outputs(tmp_path / name, SAMPLE_KEYS) for name in ("joined", "alone")]
     assert joined["psnr_ddpm"] == alone["psnr"] != joined["psnr"]
 
 @pytest.mark.parametrize("extra, method", [
-    ("", "primed"), ("--task inpaint:0.5", "primed"), ("--task superres:4", "primed"), ("--task denoise:25", "staged"),
+    ("", "adapt"), ("--task inpaint:0.5", "adapt"), ("--task superres:4", "adapt"), ("--task denoise:25", "staged"),
     ("--no-clue", "staged"), ("--no-guide", "staged"), ("--method dip", "dip")])
-def test_a_join_is_primed_where_the_ddpm_is_told_y(extra, method):
+def test_a_join_fits_the_ddpm_to_the_photo_where_it_is_told_y(extra, method):
     assert D.parse(["sample", "--init", "dip", *extra.split()]).method == method
 
-@pytest.mark.parametrize("extra, parts", [([], 3), (["--task", "superres:2"], 3), (["--no-guide"], 1),
-                                          (["--no-clue"], 1), (["--method", "staged"], 1)])
-def test_the_answer_of_a_primed_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, parts):
-    """The DDPM without the DIP, the DIP, and the DDPM that starts at the DIP; the first counts half."""
-    drawn, pages = [], []
-    draw, finish = D.draw_samples, D.finish
-    monkeypatch.setattr(D, "draw_samples", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+@pytest.mark.parametrize("extra, method", [
+    ("", "adapt"), ("--task superres:2", "adapt"), ("--method primed", "primed"), ("--no-guide", None),
+    ("--nets 3", "adapt"),
+    ("--no-clue", None), ("--method staged", None), ("--method adapt --task denoise:25", None)])
+def test_the_answer_of_a_join_is_the_mean_of_three(tmp_path, photo, priors, monkeypatch, extra, method):
+    """The DDPM's answer that the DIP saw, the DIP, and the DDPM that starts at the DIP, as 1 : 3 : 1. With
+    adapt this DDPM is fitted to the photo; that of the control never is."""
+    drawn, asked, pages, seen = [], [], [], []
+    draw, finish, search = D.draw_samples, D.finish, D.Fit.search
+    monkeypatch.setattr(D, "draw_samples", lambda args, prior, *a, **k: (
+        asked.append(prior.model.out.bias.clone()), drawn.append(draw(args, prior, *a, **k)))[1] or drawn[-1])
     monkeypatch.setattr(D, "finish", lambda *a: pages.append(dict(a[4])) or finish(*a))
-    flags = ["--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path]
-    assert run("sample", "--init", "dip", *flags, *extra) == 0
-    *alone, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
-    expected = (alone[0] + 2 * pages[0]["DIP (primed)"] + 2 * told) / 5 if parts == 3 else told
+    monkeypatch.setattr(D.Fit, "search", lambda *a: seen.append(a[3]) or search(*a))
+    flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 6]
+    assert run("sample", "--init", "dip", *flags, *extra.split()) == 0
+    *_, told = [samples.mean(dim=0, keepdim=True) for samples in drawn]
+    expected = (seen[-1] + 3 * pages[0]["DIP"] + told) / 5 if method else told
     torch.testing.assert_close(pages[0]["joined"], expected)
+    trained = load(priors / "dip.pt")["ema"]["out.bias"]
+    assert [torch.equal(bias, trained) for bias in asked][:-1] == [True] * (len(asked) - 1)
+    assert torch.equal(asked[-1], trained) == (method != "adapt")
+
+@pytest.mark.parametrize("extra, fitted", [("", True), ("--size 35", False), ("--size 35 --method adapt", True),
+                                           ("--task superres:4", False), ("--task superres:2", True)])
+def test_a_ddpm_is_fitted_to_256_known_pixels_at_least(tmp_path, photo, priors, monkeypatch, capsys, extra, fitted):
+    """Of 40 x 40 pixels a fifth is 320, of 35 x 35 it is 245; of 2 x 2 blocks there are 400, of 4 x 4 100."""
+    monkeypatch.setattr(D, "FITTED_PIXELS", 16 ** 2)
+    built, begin = [], D.Fit.__init__
+    monkeypatch.setattr(D.Fit, "__init__", lambda fit, o, *a: built.append(o.method) or begin(fit, o, *a))
+    D.to_image(smooth_image(40)).save(photo)
+    flags = ["--image", photo, "--ckpt", priors / "dip.pt", "--out", tmp_path, "--iters", 2, *extra.split()]
+    assert run("sample", "--init", "dip", *flags) == 0
+    assert built == (["adapt", "primed"] if fitted else ["primed"])
+    assert ("fewer than 256 known pixels" in capsys.readouterr().out) == (not fitted)
 
 def test_what_the_rules_take_is_in_the_metrics(tmp_path, photo):
     assert run("fit-dip", "--image", photo, *TINY, "--out", tmp_path) == 0
@@ -2566,7 +2606,7 @@ def test_sample_starts_where_it_is_told_or_where_the_rule_says(tmp_path, photo, 
     """Untold, the start rule; told, the level 2; one call each; flags go first. From noise 20 calls."""
     prior = D.Prior(load(priors / "dip.pt"))
     flags = ["sample", "--image", photo, "--samples", 1, "--ckpt", priors / "dip.pt", "--out", tmp_path]
-    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *TINY]),
+    for init, extra in itertools.product((["--init", "observed"], ["--init", "dip", *JOINED]),
                                          ([], ["--start", 9], ["--start", "auto", "--no-clue", "--steps", 2],
                                           ["--steps", 3])):
         assert run(*flags, *init, *extra) == 0
@@ -2600,8 +2640,9 @@ def test_samples_from_noise_alone_have_a_panel_each(tmp_path, priors, kind, mode
 
 def test_grey_photo_with_a_colour_prior(tmp_path, priors):
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
-    for name, words in (("o", ["sample", "--init", "dip", "--steps", 2]), ("p", ["fit-dip", "--method", "adapt"])):
-        assert run(*words, "--image", tmp_path / "grey.png", *SHORT, "--out", tmp_path / name, "--ckpt",
+    for name, words in (("o", ["sample", "--init", "dip", "--steps", 2]), ("p", ["fit-dip", "--method", "adapt"]),
+                        ("q", ["fit-dip", "--method", "adapt", "--task", "inpaint:0.5"])):
+        assert run(*words, "--image", tmp_path / "grey.png", *SHORT, "--nets", 2, "--out", tmp_path / name, "--ckpt",
                    priors / "dip.pt") == 0
         assert Image.open(tmp_path / name / "result.png").mode == "L"
 
@@ -2614,7 +2655,7 @@ def test_each_channel_of_a_grey_photo_has_noise_of_its_own(tmp_path, priors, mon
     monkeypatch.setattr(D, "reverse", spy)
     D.to_image(smooth_image(channels=1)).save(tmp_path / "grey.png")
     for n, init in enumerate(("observed", "dip")):
-        flags = SHORT if init == "dip" else []
+        flags = [*SHORT, "--nets", 2] if init == "dip" else []
         assert run("sample", "--init", init, "--image", tmp_path / "grey.png", *flags, "--out", tmp_path / "o",
                    "--ckpt", priors / "dip.pt") == 0
         apart = begun[n] - begun[n].mean(dim=1, keepdim=True)
@@ -2639,11 +2680,18 @@ def test_ctrl_c_keeps_the_best_so_far_if_there_is_one(tmp_path, photo, monkeypat
         metrics = outputs(tmp_path / "o", FIT_KEYS)
         assert metrics["interrupted"] is True and metrics["iters"] == 4
 
-def test_ctrl_c_in_the_dip_of_a_sample_leaves_the_ddpm_out(tmp_path, photo, priors, monkeypatch):
-    monkeypatch.setattr(D.Fit, "learn", interrupt_at(5, D.Fit.learn))
+@pytest.mark.parametrize("step", [5, 15])       # in the fit of the DDPM, and in that of the DIP
+def test_ctrl_c_in_the_fit_of_a_sample_leaves_the_last_call_out(tmp_path, photo, priors, monkeypatch, step):
+    """What there is by then is the DDPM's answer, as fit-dip gives it where it is stopped there, too."""
+    learn = D.Fit.learn
     monkeypatch.setattr(D, "reverse", lambda *args, **flags: pytest.fail("the DDPM was called"))
-    assert run("sample", "--init", "dip", "--image", photo, *TINY, "--ckpt", priors / "dip.pt", "--out", tmp_path) == 130
-    metrics = outputs(tmp_path, SAMPLE_KEYS)
+    flags = ["--image", photo, "--task", "inpaint:0.8", *JOINED, "--ckpt", priors / "dip.pt", "--out"]
+    for words in (["fit-dip", "--method", "adapt"], ["sample", "--init", "dip"]):
+        monkeypatch.setattr(D.Fit, "learn", interrupt_at(step, learn))
+        assert run(*words, *flags, tmp_path / words[0]) == 130
+    results = [(tmp_path / name / "result.png").read_bytes() for name in ("fit-dip", "sample")]
+    assert results[0] == results[1]
+    metrics = outputs(tmp_path / "sample", SAMPLE_KEYS)
     assert metrics["interrupted"] is True and metrics["nfe"] == 0 and metrics["psnr"] == metrics["psnr_dip"]
 
 @pytest.mark.parametrize("init, call, made", [("observed", 1, 0), ("observed", 2, 1), ("dip", 2, 0),
@@ -2688,7 +2736,7 @@ def default_prior(tmp_path, data, monkeypatch):
     monkeypatch.setattr(D, "cmd_train", small)
     return trained
 
-SAMPLE = ["sample", "--init", "dip", *TINY, "--steps", 2, "--samples", 1, "--image"]
+SAMPLE = ["sample", "--init", "dip", *JOINED, "--steps", 2, "--samples", 1, "--image"]
 
 def test_first_sample_trains_a_prior_and_keeps_it(tmp_path, photo, default_prior):
     for _ in range(2):
@@ -2720,15 +2768,6 @@ def test_no_prior_is_trained_where_there_can_be_no_folder_for_it(tmp_path, photo
     (tmp_path / "runs").write_text("a file")
     assert run(*SAMPLE, photo, "--out", tmp_path / "o") == 2 and default_prior == []
     one_line(capsys, "--ckpt")
-
-def test_a_large_photo_has_no_dip_after_adapt_to_be_widened(tmp_path, priors, monkeypatch, capsys):
-    monkeypatch.setattr(D, "TWO_NETS_PIXELS", 100)
-    D.to_image(smooth_image(16)).save(tmp_path / "p.png")
-    words = ["fit-dip", "--image", tmp_path / "p.png", "--method", "adapt", "--task", "inpaint:0.5", "--iters", 2,
-             "--ckpt", priors / "dip.pt", "--out", tmp_path / "o", "--width", 4]
-    assert run(*words) == 2
-    one_line(capsys, "--width", "--nets 2")
-    assert run(*words, "--nets", 2) == 0
 
 def test_pictures_of_an_earlier_run_do_not_stay(tmp_path, photo):
     out, words = tmp_path / "o", ["fit-dip", "--image", photo, *TINY, "--out", tmp_path / "o"]
@@ -3023,7 +3062,9 @@ fit-dip P --method primed --task inpaint:0.5 --turns 0 -> --turns
 sample --init dip P --method primed --no-clue -> --method
 sample --init dip P --method primed --no-guide -> --no-guide
 sample --init dip P --input observed -> --input
-sample --init dip P --method adapt --task superres:4 -> --method
+sample --init dip P --method adapt --nets 1 -> --nets
+sample --init dip P --method adapt --no-clue -> --method
+sample --init dip P --method adapt --no-guide -> --no-guide
 fit-dip --nonsense -> --nonsense
 evaluate --arms missing.txt -> --arms
 evaluate --images photos --arms seed.txt --seeds 2 -> --seeds
