@@ -973,7 +973,7 @@ def in_turn(o: Settings, task: Task, y: Tensor) -> list[Settings]:
         # noise than the answer of a DDPM that is not fitted, since it is a better one.
         steps, rungs = min(4 * o.iters, 160), 4 * o.rungs
         if in_windows(o, y, task):
-            steps, rungs = 6 * steps, 8             # a step sees a part of it, a rung looks at all
+            steps, rungs = 6 * steps, 8     # a step sees a part of the photo, a rung looks at all
         later = replace(o, method="primed", target="plain", iters=steps,
                         rungs=min(rungs, steps), high=4.0, low=1.0, **MUON)
     elif splits(o, task):
@@ -1409,7 +1409,7 @@ def fit_dip(y: Tensor, task: Task, prior=None, *, seed=0, brief=False, tick=None
 # ---- 6. Joining the two -------------------------------------------------------------------------
 # Lesson 3. Where y has no noise the DDPM is told y, and answers in one call. But it knows photos in
 # general, not this one. So it learns from the one photo, too, as a DIP does: its training goes on,
-# on parts of what y knows (method "adapt" of section 5; not where less than 256 pixels are known).
+# on parts of what y knows (method "adapt" of section 5; not where fewer than 256 pixels are known).
 # Its answer then is the first of three estimates. The second is a DIP of y that sees this answer,
 # drowned in falling noise, in place of a random z ("primed"). For the third the DDPM is called once
 # more: it begins at the DIP, drowned in so much noise that the start hardly counts, and is averaged
@@ -2182,7 +2182,7 @@ def cmd_sample(args):
         samples = draw_samples(args, prior, start, start_noise, t0, steps, task, **join)
         mean = samples.mean(dim=0, keepdim=True)
         if told and args.method in ("adapt", "primed"):
-            mean = mean_image([stage.first, start, start, start, mean])     # their errors differ
+            mean = mean_image([stage.first, start, start, start, mean])     # the DIP: three times
     except KeyboardInterrupt:
         samples = mean = start
         panels = [("so far", start)]
